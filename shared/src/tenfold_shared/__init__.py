@@ -1,0 +1,3 @@
+"""What the ten Tenfold packages would otherwise each write again."""
+
+__version__ = "0.1.0"
