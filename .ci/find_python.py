@@ -23,5 +23,8 @@ def find(version: str) -> str | None:
 
 if __name__ == "__main__":
     found = find(sys.argv[1])
-    print(found or f"no Python {sys.argv[1]} found; install it or pass PYTHON=3.12", file=sys.stdout if found else sys.stderr)
+    print(
+        found or f"no Python {sys.argv[1]} found; install it or pass PYTHON=3.12",
+        file=sys.stdout if found else sys.stderr,
+    )
     sys.exit(not found)

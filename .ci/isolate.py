@@ -114,7 +114,11 @@ def main() -> int:
     table = Table("package", "passed", "failed", "skipped", "seconds", "installed", title=f"Python {options.python}")
     total, broken, started = {"passed": 0, "failed": 0, "skipped": 0}, [], time.monotonic()
     for i, name in enumerate(options.names, 1):
-        left = f", about {(time.monotonic() - started) / (i - 1) * (len(options.names) - i + 1):.0f} s left" if i > 1 else ""
+        left = (
+            f", about {(time.monotonic() - started) / (i - 1) * (len(options.names) - i + 1):.0f} s left"
+            if i > 1
+            else ""
+        )
         print(f"\n[{i}/{len(options.names)}] {name}{left}", flush=True)
         target, start = Path(sys.prefix), time.monotonic()
         if name == "benchmarks":
@@ -127,7 +131,9 @@ def main() -> int:
             broken.append(name)
         for key in total:
             total[key] += counts[key]
-        table.add_row(name, *(str(counts[k]) for k in total), f"{time.monotonic() - start:.0f}", f"{size(target) / 1e9:.1f} GB")
+        table.add_row(
+            name, *(str(counts[k]) for k in total), f"{time.monotonic() - start:.0f}", f"{size(target) / 1e9:.1f} GB"
+        )
     print(flush=True)
     Console(width=100).print(table)
     if broken:

@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -32,7 +31,9 @@ console = Console(stderr=True)
 
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.", show_default=True)]
 Device = Annotated[str, typer.Option(help="torch device: auto, cpu, cuda, cuda:1, mps ...", show_default=True)]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results; made when missing.", file_okay=False)]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder for the results; made when missing.", file_okay=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")]
 
@@ -141,7 +142,7 @@ def make_app(name: str, help: str, *, distribution: str | None = None) -> typer.
 class _Boundary(TyperGroup):
     """Turns what a person can mend into one line and exit code 2."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -152,10 +153,12 @@ class _Boundary(TyperGroup):
             # Only a package that uses pydantic can raise its error; it is not a dependency here.
             if type(error).__name__ != "ValidationError" or not hasattr(error, "errors"):
                 raise
-            text = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, given {e['input']!r}" for e in error.errors())
+            text = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}, given {e['input']!r}" for e in error.errors()
+            )
         if ctx.meta.get("verbose"):
             console.print_exception()
-        click.echo(f"error: {text}", err=True)
+        typer.echo(f"error: {text}", err=True)
         raise typer.Exit(2)
 
 

@@ -32,7 +32,9 @@ def load_tokenizer(name: str | Path, **kwargs: Any) -> Any:
 def load_pipeline(name: str | Path, loader: Any = None, **kwargs: Any) -> Any:
     """`DiffusionPipeline.from_pretrained(name)` (or another pipeline class), with the errors of `load_model`."""
     if loader is None:
-        from diffusers import DiffusionPipeline as loader
+        from diffusers import DiffusionPipeline
+
+        loader = DiffusionPipeline
     # diffusers' `trust_remote_code=False` is its default; passing it on would reach the components' constructors.
     return _load(loader.from_pretrained, name, {"use_safetensors": True, **kwargs}, remote_code=False)
 
@@ -42,7 +44,9 @@ def _load(load: Callable[..., Any], name: str | Path, kwargs: dict[str, Any], re
     looks_local = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     folder = Path(name).expanduser()
     if looks_local and not folder.is_dir():
-        raise UserError(f"model folder '{name}' does not exist", hint="pass a folder made by save_pretrained, or a hub id")
+        raise UserError(
+            f"model folder '{name}' does not exist", hint="pass a folder made by save_pretrained, or a hub id"
+        )
     if folder.is_dir() and not any(folder.iterdir()):
         raise UserError(f"model folder '{name}' is empty", hint="pass a folder made by save_pretrained")
     if remote_code:
@@ -54,14 +58,18 @@ def _load(load: Callable[..., Any], name: str | Path, kwargs: dict[str, Any], re
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if not folder.is_dir():
             hint = "check the id and the network, or pass a folder made by save_pretrained"
-            raise UserError(f"'{name}' is neither a folder here nor a model that could be loaded from the hub", hint) from error
+            raise UserError(
+                f"'{name}' is neither a folder here nor a model that could be loaded from the hub", hint
+            ) from error
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"model folder '{name}' could not be loaded ({reason})", hint="save the model again") from error
     except Exception as error:
         # safetensors raises an exception class of its own for a truncated or foreign file.
         if type(error).__name__ != "SafetensorError":
             raise
-        raise UserError(f"'{name}' holds a damaged safetensors file ({error})", hint="save or download it again") from error
+        raise UserError(
+            f"'{name}' holds a damaged safetensors file ({error})", hint="save or download it again"
+        ) from error
 
 
 @contextmanager
@@ -88,10 +96,10 @@ def replace_atomically(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(partial, path)
-        handle = os.open(path.parent, os.O_RDONLY)
+        parent = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            os.fsync(parent)
         finally:
-            os.close(handle)
+            os.close(parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

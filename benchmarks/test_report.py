@@ -1,0 +1,91 @@
+"""The report and the README tables are made of the results and of nothing else."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tenfold_shared.claims import Claim, folder_digest, write_claims
+
+HERE = Path(__file__).resolve().parent
+spec = importlib.util.spec_from_file_location("report", HERE / "report.py")
+report = importlib.util.module_from_spec(spec)
+sys.modules["report"] = report
+spec.loader.exec_module(report)
+
+
+def claim(id: str, **changes) -> Claim:
+    fields = {
+        "id": id, "paper": "2404.00312", "statement": f"statement of {id}", "metric": "accuracy, %", "ours": 91.25,
+        "peers": {"a|b": 88.5}, "bar": "ours > peer", "passed": True, "seeds": [0, 1, 2], "spread": {"low": 90.0, "high": 92.0},
+    }  # fmt: skip
+    return Claim(**{**fields, **changes})
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    source = tmp_path / "packages/toy/src/toy"
+    source.mkdir(parents=True)
+    (source / "__init__.py").write_text("__version__ = '0.1.0'\n")
+    (tmp_path / "packages/toy/pyproject.toml").write_text("[project]\nname = 'toy'\ndescription = 'a <toy>'\n")
+    for readme in (tmp_path / "README.md", tmp_path / "packages/toy/README.md"):
+        readme.write_text(f"above\n{report.START}\nold\n{report.END}\nbelow\n")
+    fresh = {"source": folder_digest(source)}
+    claims = [
+        claim("one", environment=fresh, headline=True),
+        claim("two", environment=fresh, passed=False),
+        claim("three", environment=fresh),
+        claim("four", passed=None, ours=None, peers={}, seeds=[], spread={}),
+    ]
+    write_claims(tmp_path / "benchmarks/results/toy.json", claims)
+    return tmp_path
+
+
+def test_committed_readmes_agree_with_committed_results() -> None:
+    assert report.main(["--check"]) == 0
+
+
+def test_package_table_has_every_claim_and_the_workspace_table_headlines_and_failures(tree: Path) -> None:
+    texts = report.readmes(report.collect(tree), tree)
+    package, workspace = texts[tree / "packages/toy/README.md"], texts[tree / "README.md"]
+    assert all(f"statement of {name}" in package for name in ("one", "two", "three", "four"))
+    assert "statement of one" in workspace
+    assert "**failed**" in workspace
+    assert "statement of three" not in workspace
+    assert workspace.startswith("above\n") and workspace.endswith("below\n") and "old" not in workspace
+    assert "| 2 | 1 | 1 |" in workspace
+
+
+def test_filling_twice_changes_nothing(tree: Path) -> None:
+    text = (tree / "README.md").read_text()
+    once = report.fill(text, "table")
+    assert report.fill(once, "table") == once
+    assert report.fill("no markers", "table") == "no markers"
+
+
+def test_a_pipe_in_a_name_does_not_break_the_table(tree: Path) -> None:
+    row = next(line for line in report.package_table(report.collect(tree)[0]).splitlines() if "of one" in line)
+    assert row.replace("\\|", "").count("|") == 8
+
+
+def test_changed_sources_make_a_row_stale(tree: Path) -> None:
+    assert "stale" not in report.package_table(report.collect(tree)[0])
+    (tree / "packages/toy/src/toy/new.py").write_text("x = 1\n")
+    table = report.package_table(report.collect(tree)[0])
+    assert table.count("stale: `make bench-toy`") == 3  # what was not run cannot be stale
+
+
+def test_page_is_self_contained_and_escapes(tree: Path) -> None:
+    picture = tree / "benchmarks/results/toy/curve.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"\x89PNG")
+    path = tree / "benchmarks/results/toy.json"
+    records = json.loads(path.read_text())
+    records[0]["figures"] = ["toy/curve.png"]
+    records[0]["statement"] = "<script>"
+    path.write_text(json.dumps(records))
+    text = report.page(report.collect(tree), tree)
+    assert "data:image/png;base64," in text
+    assert "<script>" not in text and "a &lt;toy&gt;" in text
+    assert 'src="http' not in text and 'href="http' not in text
