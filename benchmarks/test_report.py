@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tenfold_shared.claims import Claim, folder_digest, write_claims
 
 HERE = Path(__file__).resolve().parent

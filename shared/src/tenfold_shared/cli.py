@@ -145,21 +145,28 @@ class _Boundary(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
-            text = str(error)
-        except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-            text = f"{error.filename or 'file'}: {error.strerror or error}"
-        except ValueError as error:
-            # Only a package that uses pydantic can raise its error; it is not a dependency here.
-            if type(error).__name__ != "ValidationError" or not hasattr(error, "errors"):
+        except Exception as error:
+            text = _mendable(error)
+            if text is None:
                 raise
-            text = "; ".join(
-                f"{'.'.join(map(str, e['loc']))}: {e['msg']}, given {e['input']!r}" for e in error.errors()
-            )
-        if ctx.meta.get("verbose"):
-            console.print_exception()
-        typer.echo(f"error: {text}", err=True)
-        raise typer.Exit(2)
+            if ctx.meta.get("verbose"):
+                console.print_exception()
+            typer.echo(f"error: {text}", err=True)
+            raise typer.Exit(2) from error
+
+
+def _mendable(error: Exception) -> str | None:
+    """What to tell the person, or None for a mistake of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(
+        error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError
+    ):
+        return f"{error.filename or 'file'}: {error.strerror or error}"
+    # Only a package that uses pydantic can raise its error; it is not a dependency here.
+    if type(error).__name__ == "ValidationError" and hasattr(error, "errors"):
+        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, given {e['input']!r}" for e in error.errors())
+    return None
 
 
 def _plain(value: Any) -> Any:
