@@ -1,6 +1,8 @@
 # Every task by name. `make` or `make help` lists them.
 PYTHON ?= 3.11
 NAMES  := $(notdir $(patsubst %/pyproject.toml,%,$(wildcard packages/*/pyproject.toml)))
+# Packages with tests on the real vLLM engine.
+VLLM   := $(patsubst packages/%/tests_vllm,%,$(wildcard packages/*/tests_vllm))
 # uv where it is installed, or a private copy.
 UV     := $(or $(shell command -v uv),.uv/bin/uv)
 BIN    := .venv/bin
@@ -10,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export UV_PYTHON_DOWNLOADS = never
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench report lint format lock lock-check dist clean
+.PHONY: help setup demo test bench report lint format lock lock-check dist clean vllm
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## /{printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,11 +40,21 @@ demo: setup ## run every demo, offline; page and table under out/
 demo-%: setup ## run one demo
 	@$(BIN)/python .ci/demo.py $*
 
-test: setup ## run every package's tests, each in an environment of its own
+test: setup $(if $(VLLM),vllm) ## run every package's tests, each in an environment of its own
 	@$(BIN)/python .ci/isolate.py --uv $(UV) --python $(PYTHON) shared $(NAMES) benchmarks
+	@$(if $(VLLM),.ci/vllm test $(VLLM))
 
 test-%: setup ## run one package's tests in an environment of its own
 	@$(BIN)/python .ci/isolate.py --uv $(UV) --python $(PYTHON) $*
+
+test-%-vllm: setup vllm ## run one package's tests on the real vLLM engine
+	@$(UV) build -q --wheel -o dist shared && $(UV) build -q --wheel -o dist packages/$*
+	@.ci/vllm test $*
+
+vllm: .vllm/.made ## make .vllm, the environment with the CPU build of vLLM
+.vllm/.made: .ci/vllm
+	@.ci/vllm build
+	@touch $@
 
 bench: $(NAMES:%=bench-%) report ## run every benchmark, one at a time; goes on where it was stopped
 
@@ -76,4 +88,4 @@ dist: | $(filter .uv/%,$(UV)) ## build every wheel and sdist into dist/
 	@$(UV) build -q --all-packages --clear -o dist && ls dist
 
 clean: ## remove what the other tasks made
-	@rm -rf .venv .uv .isolated dist out uv.lock .mypy_cache .ruff_cache .import_linter_cache benchmarks/results/.partial
+	@rm -rf .venv .uv .isolated .vllm dist out uv.lock .mypy_cache .ruff_cache .import_linter_cache benchmarks/results/.partial
