@@ -54,7 +54,20 @@ def environment(uv: str, python: str, name: str, wheels: dict[str, Path]) -> Pat
     # Wheels are named by path: a stranger's package of the same name on the registry can never take their place.
     own = {wheels["shared"], wheels[name]}
     group = f"{folder_of(name) / 'pyproject.toml'}:test"
-    run(uv, "pip", "install", "-q", "--no-sources", "-p", target, "-c", ROOT / "requirements.lock", *own, "--group", group)
+    run(
+        uv,
+        "pip",
+        "install",
+        "-q",
+        "--no-sources",
+        "-p",
+        target,
+        "-c",
+        ROOT / "requirements.lock",
+        *own,
+        "--group",
+        group,
+    )
     return target
 
 
