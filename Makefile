@@ -25,7 +25,7 @@ help: ## list the tasks
 
 .venv/.made-$(PYTHON): requirements.lock shared/pyproject.toml $(wildcard packages/*/pyproject.toml) | $(filter .uv/%,$(UV))
 	@echo "setup 1/3: Python $(PYTHON) environment in .venv"
-	@$(UV) venv -q --allow-existing -p "$$(python3 .ci/find_python.py $(PYTHON))" .venv
+	@test -e $@ || $(UV) venv -q --clear -p "$$(python3 .ci/find_python.py $(PYTHON))" .venv
 	@echo "setup 2/3: installing requirements.lock, hashes checked (about a minute when nothing is cached)"
 	@$(UV) pip sync --require-hashes -p .venv requirements.lock
 	@echo "setup 3/3: installing the workspace's own packages"
