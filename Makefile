@@ -1,5 +1,5 @@
 # Every task by name. `make` or `make help` lists them.
-PYTHON ?= 3.11
+PYTHON ?= $(shell python3 -c 'import sys; print("%d.%d" % max(sys.version_info[:2], (3, 11)))')
 NAMES  := $(notdir $(patsubst %/pyproject.toml,%,$(wildcard packages/*/pyproject.toml)))
 # Packages with tests on the real vLLM engine.
 VLLM   := $(patsubst packages/%/tests_vllm,%,$(wildcard packages/*/tests_vllm))
