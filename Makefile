@@ -41,7 +41,7 @@ demo-%: setup ## run one demo
 	@$(BIN)/python .ci/demo.py $*
 
 test: setup $(if $(VLLM),vllm) ## run every package's tests, each in an environment of its own
-	@$(BIN)/python .ci/isolate.py --uv $(UV) --python $(PYTHON) shared $(NAMES) benchmarks
+	@$(BIN)/python .ci/isolate.py --uv $(UV) --python $(PYTHON) shared $(NAMES) workspace
 	@$(if $(VLLM),.ci/vllm test $(VLLM))
 
 test-%: setup ## run one package's tests in an environment of its own

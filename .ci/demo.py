@@ -40,10 +40,9 @@ def section(name: str, folder: Path, state: str) -> str:
     """One package's part of the page."""
     esc = html.escape
     parts = [f'<h2 id="{name}">{esc(name)}</h2>']
-    summary = folder / "summary.json"
-    if not summary.exists():
+    if state != "done":
         return "".join([*parts, f'<p class="{"failed" if state.startswith("failed") else ""}">{esc(state)}</p>'])
-    record = json.loads(summary.read_text(encoding="utf-8"))
+    record = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     head = "".join(f"<th>{esc(str(c))}</th>" for c in record["columns"])
     rows = "".join("<tr>" + "".join(f"<td>{esc(cell(v))}</td>" for v in row) + "</tr>" for row in record["rows"])
     parts.append(f"<p>{esc(record['title'])}</p><div class=scroll><table><tr>{head}</tr>{rows}</table></div>")

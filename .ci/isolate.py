@@ -1,8 +1,8 @@
 """Run tests in isolation: wheels built, an environment per package with only what that package declares.
 
-    python .ci/isolate.py shared gp-ensemble benchmarks
+    python .ci/isolate.py shared gp-ensemble workspace
 
-`benchmarks` (the report's own tests) runs in the workspace's environment, which it is a part of.
+`workspace` (the tests of the report and of the scripts here) runs in the workspace's own environment.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
+HERE = ROOT / ".ci"
 ENVIRONMENTS = ROOT / ".isolated"
 
 
@@ -92,14 +93,14 @@ def size(target: Path) -> int:
     return sum(p.stat().st_size for p in target.rglob("*") if p.is_file() and not p.is_symlink())
 
 
-def test(python: Path, tests: Path) -> tuple[int, dict[str, int]]:
+def test(python: Path, tests: list[Path]) -> tuple[int, dict[str, int]]:
     """Run pytest; returns its exit status and the counts."""
     report = ENVIRONMENTS / "report.xml"
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false"}
     settings.pop("PYTHONPATH", None)
-    command = [python, "-m", "pytest", tests, "-p", "no:cacheprovider", f"--junitxml={report}", "-rs"]
+    command = [python, "-m", "pytest", *tests, "-p", "no:cacheprovider", f"--junitxml={report}", "-rs"]
     status = subprocess.run([str(c) for c in command], cwd=ENVIRONMENTS, env=settings).returncode
     if not report.exists():
         return status or 1, {"passed": 0, "failed": 1, "skipped": 0}
@@ -114,14 +115,14 @@ def main() -> int:
     parser.add_argument("--uv", default=shutil.which("uv") or ".uv/bin/uv")
     parser.add_argument("--python", default=f"{sys.version_info.major}.{sys.version_info.minor}")
     options = parser.parse_args()
-    known = ["shared", *sorted(p.parent.name for p in ROOT.glob("packages/*/pyproject.toml")), "benchmarks"]
+    known = ["shared", *sorted(p.parent.name for p in ROOT.glob("packages/*/pyproject.toml")), "workspace"]
     if unknown := [n for n in options.names if n not in known]:
         print(f"no package {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
         return 2
     os.chdir(ROOT)
     finder = [sys.executable, str(ROOT / ".ci/find_python.py"), options.python]
     python = subprocess.run(finder, check=True, capture_output=True, text=True).stdout.strip()
-    packages = [n for n in options.names if n != "benchmarks"]
+    packages = [n for n in options.names if n != "workspace"]
     print(f"building wheels: {', '.join(packages)}", flush=True)
     wheels = build(options.uv, sorted({"shared", *packages}), ROOT / "dist")
     table = Table("package", "passed", "failed", "skipped", "seconds", "installed", title=f"Python {options.python}")
@@ -134,10 +135,10 @@ def main() -> int:
         )
         print(f"\n[{i}/{len(options.names)}] {name}{left}", flush=True)
         target, start = Path(sys.prefix), time.monotonic()
-        if name == "benchmarks":
-            tests = ROOT / "benchmarks"
+        if name == "workspace":
+            tests = [ROOT / "benchmarks", HERE]
         else:
-            target, tests = environment(options.uv, python, name, wheels), folder_of(name) / "tests"
+            target, tests = environment(options.uv, python, name, wheels), [folder_of(name) / "tests"]
             print(f"      {absent(target)}", flush=True)
         status, counts = test(target / "bin/python", tests)
         if status:
