@@ -189,8 +189,9 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
             self.gp_, tuning_features, tuning_targets, objective=objective, prior_strength=self.prior_strength, **subset
         )
         self.gp_.condition(features, targets, prior_logits=z, noise_scale=scale, solver=solver)
-        self.temperature_ = self.temperature
-        if self.temperature_ is None:
+        if self.temperature is not None:
+            self.temperature_ = self.temperature
+        else:
             width = temperature_width(smallest)
             if self.link not in ("softmax", "mean_field") or self.solver == "cg" or width == 0:
                 self.temperature_ = TEMPERATURE
@@ -364,7 +365,7 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
         if str(name) in {str(c) for c in self.classes_}:
             raise UserError(f"class {name} exists", hint="add its images with add_examples")
         m = _length(features)
-        classes = np.append(self.classes_, np.asarray([name], dtype=np.asarray([name]).dtype))
+        classes: Any = np.append(self.classes_, np.asarray([name], dtype=np.asarray([name]).dtype))
         z = None
         if self.gp_.prior_logits is not None:
             zero_shot = zero_shot or self.zero_shot
@@ -380,7 +381,7 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
                     hint="pass zero_shot, or prior_logits and support_prior_logits",
                 )
             else:
-                column = np.reshape(np.asarray(support_prior_logits), (-1, 1))
+                column: Any = np.reshape(np.asarray(support_prior_logits), (-1, 1))
                 if len(column) != len(self.gp_.targets):
                     raise UserError(f"{len(column)} support_prior_logits for {len(self.gp_.targets)} training images")
                 wide = np.concatenate([self.gp_.prior_logits.cpu().numpy(), column], axis=1)
@@ -400,12 +401,12 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
         which they did influence; recenter=True computes the centring anew.
         """
         check_is_fitted(self)
-        indices = np.asarray(indices, dtype=int)
         n = len(self.gp_.targets)
-        if indices.size and (indices.min() < 0 or indices.max() >= n):
-            raise UserError(f"indices from {indices.min()} to {indices.max()}, there are {n} training images")
-        keep = np.ones(n, dtype=bool)
-        keep[indices] = False
+        gone: Any = np.asarray(indices, dtype=int)
+        if gone.size and (gone.min() < 0 or gone.max() >= n):
+            raise UserError(f"indices from {gone.min()} to {gone.max()}, there are {n} training images")
+        keep: Any = np.ones(n, dtype=bool)
+        keep[gone] = False
         if keep.sum() < 2:
             raise UserError(f"forgetting leaves {keep.sum()} training images, expected 2 or more")
         if recenter:

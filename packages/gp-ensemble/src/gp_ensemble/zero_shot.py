@@ -129,7 +129,7 @@ class ZeroShotClassifier:
         )
 
 
-def columns_by_name(names: Sequence[str], classes: Sequence[Any]) -> list[int]:
+def columns_by_name(names: Sequence[str], classes: Any) -> list[int]:
     """Position in `names` of each class. Raises ClassNameError naming those that are missing."""
     position = {str(name): i for i, name in enumerate(names)}
     if missing := [str(c) for c in classes if str(c) not in position]:
