@@ -6,14 +6,20 @@
 Every run is kept under results/.partial with the digest of the sources, so that a run that was stopped goes on in the
 middle of a function. A seed draws the split and the labelled images; the encoders are frozen.
 """
+# ruff: noqa: E402
 
+import hashlib
 import json
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
+
+# This script has the name of the package, and Python puts its folder first.
+sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import numpy as np
 import torch
@@ -25,7 +31,7 @@ from gp_ensemble.protocol import METHODS, SLOW, mean_of, run_grid, single_encode
 from gp_ensemble.testbed import load_world
 from gp_ensemble.tuning import SharedSolve
 from tenfold_shared import figures
-from tenfold_shared.claims import Claim, run_benchmark, source_digest, spread
+from tenfold_shared.claims import Claim, run_benchmark, spread
 from tenfold_shared.timing import compare
 
 PAPER = "2404.00312"
@@ -44,7 +50,12 @@ REWRITTEN = (
 
 
 def records_file() -> Path:
-    return RESULTS / ".partial" / "gp-ensemble" / f"runs-{source_digest('gp-ensemble')}.jsonl"
+    """Runs made with these sources; what no run passes through does not count."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(str(files("gp_ensemble"))).rglob("*")):
+        if path.suffix in (".py", ".safetensors") and not {path.stem, path.parent.name} & {"cli", "demo", "vision"}:
+            digest.update(path.read_bytes())
+    return RESULTS / ".partial" / "gp-ensemble" / f"runs-{digest.hexdigest()[:16]}.jsonl"
 
 
 def grid(world: str, names: Sequence[str], seeds: list[int], shots: Sequence[int] = SHOTS) -> list[dict]:
@@ -166,13 +177,15 @@ def digits(seeds: list[int]) -> list[Claim]:
     ece = by_shots(runs, OURS, "ece")
     others = {name: by_shots(runs, name, "ece") for name in CACHES}
     below = all(e < o for name in CACHES for e, o in zip(ece, others[name], strict=True))
-    likelihood, theirs = mean_of(runs, "nll", method=OURS), mean_of(runs, "nll", method=LR)
+    likelihood = mean_of(runs, "nll", method=OURS)
+    regressions = {name: mean_of(runs, "nll", method=name) for name in (LR, "LR, concatenated, C=100")}
+    theirs = min(regressions.values())
     claims += [
         Claim(
             "digits-calibration", PAPER, "Calibrated, although labels are regressed (digits)",
             "expected calibration error (15 bins), largest over 1/2/4/8/16 shots, lower is better", max(ece),
             {n: max(v) for n, v in others.items()} | {LR: max(by_shots(runs, LR, "ece"))},
-            "at most 0.08 and below Tip-Adapter, CaFo-style, GDA and averaged LR at every number of shots",
+            "at most 0.08 and below Tip-Adapter, CaFo-style, GDA and averaged LR at every shot count",
             max(ece) <= 0.08 and below, seeds,
             spread([max(mean_of(runs, "ece", method=OURS, shots=s, seed=d) for s in SHOTS) for d in seeds]),
             note=f"By shots ours {numbers(ece)}; " + "; ".join(f"{n} {numbers(v)}" for n, v in others.items())
@@ -182,8 +195,9 @@ def digits(seeds: list[int]) -> list[Claim]:
         Claim(
             "digits-nll", PAPER, "Probabilities as good as logistic regression's (digits)",
             "negative log likelihood, nats, mean over 1/2/4/8/16 shots, lower is better", likelihood,
-            {name: mean_of(runs, "nll", method=name) for name in (LR, *CACHES, "zero-shot")},
-            "at most 1.1 times logistic regression on all features", likelihood <= 1.1 * theirs, seeds,
+            regressions | {name: mean_of(runs, "nll", method=name) for name in (*CACHES, "zero-shot")},
+            "at most 1.1 times the better of the two logistic regressions on all features",
+            likelihood <= 1.1 * theirs, seeds,
             spread(per_seed(runs, OURS, "nll", seeds)),
             note=f"By shots ours {numbers(by_shots(runs, OURS, 'nll'))}, {LR} {numbers(by_shots(runs, LR, 'nll'))}.",
         ),
@@ -228,7 +242,8 @@ def shapes(seeds: list[int]) -> list[Claim]:
             all(e < o for name in (LR, *CACHES) for e, o in zip(
                 by_shots(runs, OURS, "ece", shots), by_shots(runs, name, "ece", shots), strict=True)),
             seeds, spread([max(mean_of(runs, "ece", method=OURS, shots=s, seed=d) for s in shots) for d in seeds]),
-            note="By shots " + "; ".join(f"{n} {numbers(by_shots(runs, n, 'ece', shots))}" for n in (OURS, LR, *CACHES)),
+            note="By shots "
+            + "; ".join(f"{n} {numbers(by_shots(runs, n, 'ece', shots))}" for n in (OURS, LR, *CACHES)),
         ),
     ]  # fmt: skip
 
@@ -296,8 +311,8 @@ def robustness(seeds: list[int]) -> list[Claim]:
         Claim(
             "robust-to-noise-encoders", PAPER, "Three encoders of pure noise do little harm (digits)",
             "accuracy lost at 16 shots, points, lower is better", float(loss.mean()),
-            {LR: float(np.subtract(peers["plain"], peers["noise"]).mean())}, "at most 2 points", loss.mean() <= 2, seeds,
-            spread(loss.tolist()),
+            {LR: float(np.subtract(peers["plain"], peers["noise"]).mean())}, "at most 2 points", loss.mean() <= 2,
+            seeds, spread(loss.tolist()),
             note=f"From {np.mean(rows['plain']):.1f} % to {np.mean(rows['noise']):.1f} %; {LR} from "
             f"{np.mean(peers['plain']):.1f} % to {np.mean(peers['noise']):.1f} %.",
         ),
@@ -447,14 +462,16 @@ def scale(seeds: list[int]) -> list[Claim]:
     return [
         Claim(
             "scale-time", PAPER, "The public fit costs little more than its bare arithmetic",
-            f"CPU time of fit over kernel + Cholesky + solve in torch, {where}; lower is better", float(np.mean(ratios)),
+            f"CPU time of fit over kernel + Cholesky + solve in torch, {where}; lower is better",
+            float(np.mean(ratios)),
             {"bare torch": 1.0}, "at most 1.5", float(np.mean(ratios)) <= 1.5, seeds, spread(ratios),
             note="Ours computes one triangle of the kernel matrix, factorises in place and refines the solution in "
             f"float64; the two solutions differ by {max(errors):.0e} relative.",
         ),
         Claim(
             "scale-memory", PAPER, "Fitting needs little more than one kernel matrix",
-            f"peak memory above the imports, raw features included, in n x n float32 matrices, {where}; lower is better",
+            f"peak memory above the imports, raw features included, in n x n float32 matrices, {where}; "
+            "lower is better",
             float(np.mean(matrices)), {}, "at most 2.5", float(np.mean(matrices)) <= 2.5, seeds, spread(matrices),
         ),
     ]  # fmt: skip

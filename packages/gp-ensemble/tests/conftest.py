@@ -2,6 +2,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the matrices are small, and another thread would only wait
 
 Problem = dict[str, Any]
 

@@ -177,30 +177,19 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
         y_index = torch.as_tensor(numbers, device=self._device)
         targets = one_hot(y_index, len(self.classes_), self._dtype)
         scale = None if noise_scale is None else self._noise_scale(noise_scale, n)
-        chosen = self._tuning_rows(numbers)
-        pick = slice(None) if len(chosen) == n else torch.as_tensor(chosen, device=self._device)
-        subset = {
-            "prior_logits": None if z is None else z[pick].double(),
-            "noise_scale": None if scale is None else scale[pick].double(),
-        }
-        tuning_features = {name: array.double() for name, array in rows(features, pick).items()}
-        tuning_targets = targets[pick].double()
-        self.tuned_ = tune(
-            self.gp_, tuning_features, tuning_targets, objective=objective, prior_strength=self.prior_strength, **subset
-        )
+        subset = self._subset(numbers, features, targets, z, scale)
+        self.tuned_ = tune(self.gp_, objective=objective, prior_strength=self.prior_strength, **subset)
         self.gp_.condition(features, targets, prior_logits=z, noise_scale=scale, solver=solver)
+        width = temperature_width(smallest)
         if self.temperature is not None:
             self.temperature_ = self.temperature
+        elif self.link not in ("softmax", "mean_field") or self.solver == "cg" or width == 0:
+            self.temperature_ = TEMPERATURE
+        elif n <= self.loo_max_points:
+            self.temperature_ = fit_temperature(self.gp_.leave_one_out().mean, y_index, width)
         else:
-            width = temperature_width(smallest)
-            if self.link not in ("softmax", "mean_field") or self.solver == "cg" or width == 0:
-                self.temperature_ = TEMPERATURE
-            elif n <= self.loo_max_points:
-                self.temperature_ = fit_temperature(self.gp_.leave_one_out().mean, y_index, width)
-            else:
-                small = SharedKernelGP(self.gp_.kernel, self.gp_.mean, self.gp_.noise)
-                small.condition(tuning_features, tuning_targets, **subset)
-                self.temperature_ = fit_temperature(small.leave_one_out().mean, y_index[pick], width)
+            small = SharedKernelGP(self.gp_.kernel, self.gp_.mean, self.gp_.noise).condition(**subset)
+            self.temperature_ = fit_temperature(small.leave_one_out().mean, subset["targets"].argmax(1), width)
         self._loo: LooResult | None = None
         return self
 
@@ -515,15 +504,22 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
             raise UserError(f"noise_scale of shape {tuple(scale.shape)}, expected {n} positive numbers")
         return scale
 
-    def _tuning_rows(self, numbers: np.ndarray) -> np.ndarray:
-        """Rows of whole classes, drawn until `tune_max_points` are reached, and at least two classes."""
-        if len(numbers) <= self.tune_max_points:
-            return np.arange(len(numbers))
-        rng = np.random.RandomState(self.random_state)
-        counts = np.bincount(numbers)
-        order = rng.permutation(len(counts))
-        fit = max(int((counts[order].cumsum() <= self.tune_max_points).sum()), 2)
-        return np.flatnonzero(np.isin(numbers, order[:fit]))
+    def _subset(
+        self, numbers: np.ndarray, features: Features, targets: Tensor, z: Tensor | None, scale: Tensor | None
+    ) -> dict[str, Any]:
+        """What tuning sees, in float64: whole classes, drawn until `tune_max_points` are reached, and at least two."""
+        pick: Any = slice(None)
+        if len(numbers) > self.tune_max_points:
+            counts = np.bincount(numbers)
+            order = np.random.RandomState(self.random_state).permutation(len(counts))
+            enough = max(int((counts[order].cumsum() <= self.tune_max_points).sum()), 2)
+            pick = torch.as_tensor(np.flatnonzero(np.isin(numbers, order[:enough])), device=self._device)
+        return {
+            "features": {name: array.double() for name, array in rows(features, pick).items()},
+            "targets": targets[pick].double(),
+            "prior_logits": None if z is None else z[pick].double(),
+            "noise_scale": None if scale is None else scale[pick].double(),
+        }
 
     def _warn_duplicates(self, features: Features, numbers: np.ndarray) -> None:
         first = next(iter(features.values())).cpu().numpy()

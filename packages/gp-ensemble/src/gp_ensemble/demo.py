@@ -51,7 +51,7 @@ def run(output: Path, seed: int = 0) -> Table:
         (_explained(world, seed, output).name, "What the zero-shot prior and each encoder add for the winning class"),
     ]
     notes = [
-        "The encoders were trained on rendered characters and drawn shapes only; no test image chose a hyper-parameter.",
+        "The encoders were trained on rendered characters and drawn shapes only; no test image chose anything.",
         "Letters and shapes are images of another kind; the variance tells them apart without having seen one.",
     ]
     write_summary(output, "gp-ensemble", table, pictures, notes)

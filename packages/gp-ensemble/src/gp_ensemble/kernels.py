@@ -153,8 +153,12 @@ class EnsembleKernel(gpytorch.Module):
         ]
 
     def forward(self, a: Features, b: Features) -> Tensor:
-        """k(a, b), (n_a, n_b)."""
-        return self.evaluate(self.prepare(a, b))
+        """k(a, b), (n_a, n_b), one encoder after the other, so that their matrices never exist side by side."""
+        total = None
+        for name, kernel, weight in zip(self.encoders, self.kernels, self.weights, strict=True):
+            part = weight.to(a[name]) * kernel(a[name], b[name]).to_dense()
+            total = part if total is None else total + part
+        return total
 
     def each(self, a: Features, b: Features) -> dict[str, Tensor]:
         """Encoder to its own term w_i kappa_i(a, b), (n_a, n_b)."""

@@ -20,6 +20,7 @@ from gp_ensemble.baselines import Tuned
 from gp_ensemble.classifier import GPEnsembleClassifier
 from gp_ensemble.features import FeatureTable
 
+LR_GRID = {"C": (1.0, 10.0, 100.0, 1000.0)}
 TIP_GRID = {"alpha": (0.3, 1, 3, 10, 30), "beta": (1, 2, 4, 5.5, 8, 12)}
 GDA_GRID = {"alpha": (1e-4, 1e-3, 1e-2, 0.1, 1, 10, 100)}
 FUSION_GRID = {"alpha": (0.1, 0.3, 1, 3, 10), "beta": (1, 2, 4, 5.5, 8, 12)}
@@ -38,6 +39,7 @@ METHODS: dict[str, Method] = {
     "zero-shot": baselines.ZeroShot,
     "LR, clip": lambda: baselines.LinearProbe("clip"),
     "LR, concatenated": baselines.LinearProbe,
+    "LR, concatenated, C=100": lambda: baselines.LinearProbe(C=100.0),
     "LR per encoder, averaged": baselines.LinearProbeEnsemble,
     "Tip-Adapter": baselines.TipAdapter,
     "Tip-Adapter-F": baselines.TipAdapterF,
@@ -48,6 +50,7 @@ METHODS: dict[str, Method] = {
     "kernel ridge": baselines.KernelRidge,
     "Dirichlet GP (gpytorch)": baselines.DirichletGP,
     "GPC (scikit-learn)": baselines.SklearnGPC,
+    "LR, concatenated, test-tuned": lambda: Tuned(baselines.LinearProbe(), LR_GRID),
     "Tip-Adapter, test-tuned": lambda: Tuned(baselines.TipAdapter(), TIP_GRID),
     "Tip-Adapter-F, test-tuned": lambda: Tuned(baselines.TipAdapterF(), TIP_GRID),
     "CaFo-style fusion, test-tuned": lambda: Tuned(baselines.CacheFusion(), FUSION_GRID),

@@ -19,6 +19,9 @@ from gp_ensemble.errors import NumericalError, OutOfMemoryError, UserError
 from gp_ensemble.features import Features
 from gp_ensemble.kernels import BLOCK, EnsembleKernel, rows
 
+CLASSES = 128
+"""Classes that are solved for at a time, which bounds the memory of the float64 residual."""
+
 SOLVERS = ("auto", "cholesky", "primal", "nystrom", "cg")
 
 
@@ -109,11 +112,15 @@ class CholeskySolver(Solver):
 
     def solve(self, residual: Tensor) -> None:
         """Set the coefficients for another R with the same factor: O(n^2 C)."""
-        alpha = self._solve(residual)
-        if alpha.dtype == torch.float32:
-            error = residual.double() - self._product(alpha.double())
-            alpha = alpha + self._solve(error.float())
-        self.coefficients = alpha.contiguous()
+        alpha = torch.empty_like(residual)
+        for start in range(0, residual.shape[1], CLASSES):
+            columns = slice(start, start + CLASSES)
+            part = self._solve(residual[:, columns])
+            if part.dtype == torch.float32:
+                error = residual[:, columns].double() - self._product(part.double())
+                part = part + self._solve(error.float())
+            alpha[:, columns] = part
+        self.coefficients = alpha
 
     def _solve(self, right: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(self.factor, right, upper=False)

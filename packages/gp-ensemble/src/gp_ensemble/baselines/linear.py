@@ -22,6 +22,8 @@ class ZeroShot(Baseline):
 class LinearProbe(Baseline):
     """scikit-learn's logistic regression on unit features. encoder: one of them, or all concatenated when None."""
 
+    fitting: tuple[str, ...] = ("encoder", "C")
+
     def __init__(self, encoder: str | None = None, *, C: float = 10.0):
         self.encoder = encoder
         self.C = C
