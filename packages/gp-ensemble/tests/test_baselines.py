@@ -10,10 +10,20 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
 Problem = dict[str, Any]
-EVERY = [baselines.ZeroShot(), baselines.LinearProbe(), baselines.LinearProbe("dino"), baselines.LinearProbeEnsemble(),
-         baselines.TipAdapter(), baselines.TipAdapterF(epochs=2), baselines.CacheFusion(), baselines.GDA(),
-         baselines.LPPlusPlus(), baselines.KernelRidge(), baselines.DirichletGP(steps=5), baselines.SklearnGPC()]  #
-         fmt: skip
+EVERY = [
+    baselines.ZeroShot(),
+    baselines.LinearProbe(),
+    baselines.LinearProbe("dino"),
+    baselines.LinearProbeEnsemble(),
+    baselines.TipAdapter(),
+    baselines.TipAdapterF(epochs=2),
+    baselines.CacheFusion(),
+    baselines.GDA(),
+    baselines.LPPlusPlus(),
+    baselines.KernelRidge(),
+    baselines.DirichletGP(steps=5),
+    baselines.SklearnGPC(),
+]
 
 
 @pytest.mark.parametrize("baseline", EVERY, ids=lambda b: repr(b)[:24])

@@ -13,7 +13,19 @@ from gp_ensemble.testbed import load_world
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-COMMANDS = ("demo", "extract", "fit", "predict", "evaluate", "benchmark", "inspect", "update", "forget", "import-cache", "doctor")  # fmt: skip
+COMMANDS = [
+    "demo",
+    "extract",
+    "fit",
+    "predict",
+    "evaluate",
+    "benchmark",
+    "inspect",
+    "update",
+    "forget",
+    "import-cache",
+    "doctor",
+]
 
 
 def call(*arguments: object) -> Result:
@@ -118,8 +130,8 @@ def test_benchmark_writes_tables_and_goes_on(features: dict[str, Path], tmp_path
     answer(*arguments)
     assert (tmp_path / "runs" / "records.jsonl").read_text() == before
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"records.jsonl", "runs.csv", "tables.md"}
-    assert "GP ensemble" in call("benchmark", "--suite", "digits", "--method", "GP ensemble", "--shots", 1, "--seeds", 1,
-                                 "--output", tmp_path / "small").stdout  # fmt: skip
+    small = ("benchmark", "--suite", "digits", "--method", "GP ensemble", "--shots", 1, "--seeds", 1)
+    assert "GP ensemble" in call(*small, "--output", tmp_path / "small").stdout
 
 
 def test_import_cache_and_doctor(tmp_path: Path) -> None:

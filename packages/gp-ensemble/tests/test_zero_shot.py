@@ -16,7 +16,7 @@ def test_logits_are_scaled_cosines_in_the_order_asked_for() -> None:
 def test_errors() -> None:
     with pytest.raises(ClassNameError, match="there twice: cat"):
         ZeroShotClassifier(["cat", "cat"], np.eye(2))
-    with pytest.raises(UserError, match="expected .dimensions, classes."):
+    with pytest.raises(UserError, match=r"expected .dimensions, classes."):
         ZeroShotClassifier(["cat"], np.eye(2))
     with pytest.raises(UserError, match="NaN"):
         ZeroShotClassifier(["cat"], np.full((2, 1), np.nan))

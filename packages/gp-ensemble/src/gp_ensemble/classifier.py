@@ -177,8 +177,12 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
         y_index = torch.as_tensor(numbers, device=self._device)
         targets = one_hot(y_index, len(self.classes_), self._dtype)
         scale = None if noise_scale is None else self._noise_scale(noise_scale, n)
-        subset = self._subset(numbers, features, targets, z, scale)
-        self.tuned_ = tune(self.gp_, objective=objective, prior_strength=self.prior_strength, **subset)
+        self.tuned_ = tune(
+            self.gp_,
+            objective=objective,
+            prior_strength=self.prior_strength,
+            **self._subset(numbers, features, targets, z, scale),
+        )
         self.gp_.condition(features, targets, prior_logits=z, noise_scale=scale, solver=solver)
         width = temperature_width(smallest)
         if self.temperature is not None:
@@ -188,6 +192,7 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
         elif n <= self.loo_max_points:
             self.temperature_ = fit_temperature(self.gp_.leave_one_out().mean, y_index, width)
         else:
+            subset = self._subset(numbers, features, targets, z, scale)
             small = SharedKernelGP(self.gp_.kernel, self.gp_.mean, self.gp_.noise).condition(**subset)
             self.temperature_ = fit_temperature(small.leave_one_out().mean, subset["targets"].argmax(1), width)
         self._loo: LooResult | None = None
@@ -523,8 +528,9 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
 
     def _warn_duplicates(self, features: Features, numbers: np.ndarray) -> None:
         first = next(iter(features.values())).cpu().numpy()
-        seen: dict[bytes, int] = {}
-        clashes = sum(seen.setdefault(row.tobytes(), label) != label for row, label in zip(first, numbers, strict=True))
+        seen: dict[int, int] = {}
+        digests = (hash(row.tobytes()) for row in first)
+        clashes = sum(seen.setdefault(digest, label) != label for digest, label in zip(digests, numbers, strict=True))
         if clashes:
             warnings.warn(
                 f"{clashes} training images equal another one with a different label: they count as noise", stacklevel=3

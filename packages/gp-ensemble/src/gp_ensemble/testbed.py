@@ -1,7 +1,7 @@
 """Two small worlds that need no download: images, six frozen encoders, zero-shot logits, and images from elsewhere.
 
 digits   scikit-learn's 1797 real 8x8 digits; the encoders have seen only rendered characters and shapes
-shapes   3000 drawn 24x24 images of 20 classes on clutter; "clip" has seen clean ones only, and is weak
+shapes   3000 drawn 24x24 images of 20 classes on clutter; "clip" has seen a quarter of that clutter, and is weak
 
     python -m gp_ensemble.testbed FOLDER      trains the encoders anew, about two minutes; the results come with the
     package
@@ -119,9 +119,9 @@ def _recipes(world: str) -> dict[str, Callable[[Callable[[int], int]], Any]]:
     def upright_shapes(n: int, g: torch.Generator) -> Tensor:
         return _shapes(n, g, upright=True)
 
-    def clean_shapes(g: torch.Generator) -> tuple[Tensor, Tensor]:
+    def tidy_shapes(g: torch.Generator) -> tuple[Tensor, Tensor]:
         numbers = torch.randint(0, len(rendering.SHAPE_CLASSES), (80,), generator=g)
-        return rendering.shapes(numbers, g, clutter=0.0), numbers
+        return rendering.shapes(numbers, g, clutter=0.1), numbers
 
     names, templates = rendering.character_names(), TEMPLATES.get(world, ())
     low, side = {"digits": 8}.get(world), SIDE.get(world, 0)
@@ -140,7 +140,7 @@ def _recipes(world: str) -> dict[str, Callable[[Callable[[int], int]], Any]]:
     if world == "shapes":
         called = rendering.SHAPE_CLASSES
         return {
-            "clip": lambda steps: pretraining.train_clip(clean_shapes, called, templates, steps=steps(300)),
+            "clip": lambda steps: pretraining.train_clip(tidy_shapes, called, templates, steps=steps(300)),
             "simclr": lambda steps: pretraining.train_simclr(large_shapes, augment, steps=steps(150)),
             "rot": lambda steps: pretraining.train_rotation(upright_shapes, steps=steps(150)),
             "ae": lambda steps: pretraining.train_autoencoder(_shapes, side=side, steps=steps(150)),
