@@ -23,8 +23,8 @@ from torch import Tensor
 from gp_ensemble.features import Features
 from gp_ensemble.priors import positive
 
-BLOCK = 512
-"""Rows of a kernel matrix that are computed at a time."""
+STRIP = 2**20
+"""Entries of a kernel matrix that are computed at a time; some strips of this size exist at once."""
 
 
 class CosineKernel(gpytorch.kernels.Kernel):
@@ -176,12 +176,13 @@ class EnsembleKernel(gpytorch.Module):
 
     @torch.no_grad()
     def gram(self, a: Features) -> Tensor:
-        """k(a, a), (n, n), without gradient: one triangle is computed, by blocks of rows, and mirrored."""
+        """k(a, a), (n, n), without gradient: one triangle is computed, by strips of rows, and mirrored."""
         first = a[self.encoders[0]]
         n = len(first)
         matrix = first.new_empty(n, n)
-        for start in range(0, n, BLOCK):
-            stop = min(start + BLOCK, n)
+        step = max(STRIP // n, 1)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
             block = self(rows(a, slice(start, stop)), rows(a, slice(0, stop)))
             matrix[start:stop, :stop] = block
             matrix[:stop, start:stop] = block.mT

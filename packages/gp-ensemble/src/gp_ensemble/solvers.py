@@ -17,10 +17,13 @@ from torch import Tensor
 
 from gp_ensemble.errors import NumericalError, OutOfMemoryError, UserError
 from gp_ensemble.features import Features
-from gp_ensemble.kernels import BLOCK, EnsembleKernel, rows
+from gp_ensemble.kernels import STRIP, EnsembleKernel, rows
 
 CLASSES = 128
 """Classes that are solved for at a time, which bounds the memory of the float64 residual."""
+
+BLOCK = 512
+"""Columns that are factorised at a time."""
 
 SOLVERS = ("auto", "cholesky", "primal", "nystrom", "cg")
 
@@ -435,7 +438,7 @@ def memory_estimate(
     """GiB that fitting needs at its peak: the matrices, the features and the targets."""
     size = torch.finfo(dtype).bits // 8
     width = {"primal": dimensions + 1, "nystrom": min(inducing, rows)}.get(solver, rows)
-    matrices = {"primal": 3 * rows * width, "nystrom": 3 * rows * width}.get(solver, rows * rows + 4 * BLOCK * rows)
+    matrices = {"primal": 3 * rows * width, "nystrom": 3 * rows * width}.get(solver, rows * rows + 6 * STRIP)
     targets = rows * classes * (size * 3 + (24 if size == 4 else 0))
     return (matrices * size + rows * dimensions * size + targets) / 2**30
 
