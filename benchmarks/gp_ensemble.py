@@ -31,7 +31,8 @@ from gp_ensemble.protocol import METHODS, SLOW, mean_of, run_grid, single_encode
 from gp_ensemble.testbed import load_world
 from gp_ensemble.tuning import SharedSolve
 from tenfold_shared import figures
-from tenfold_shared.claims import Claim, run_benchmark, spread
+from tenfold_shared.claims import Claim, run_benchmark, source_digest, spread
+from tenfold_shared.hub import replace_atomically
 from tenfold_shared.timing import compare
 
 PAPER = "2404.00312"
@@ -441,23 +442,23 @@ def bare(features: dict[str, np.ndarray], y: np.ndarray) -> torch.Tensor:
     return torch.cholesky_solve(residual, torch.linalg.cholesky(k))
 
 
+def probe(kind: str, seed: int) -> dict[str, float]:
+    """What `print_time` or `print_memory` prints in a process of its own; kept, as the runs are."""
+    kept = records_file().with_name(f"{kind}-{source_digest('gp-ensemble')}-{seed}.json")
+    if not kept.exists():
+        command = [sys.executable, __file__, "--probe", kind, str(seed)]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        with replace_atomically(kept) as partial:
+            partial.write_text(answer)
+    return json.loads(kept.read_text())
+
+
 def scale(seeds: list[int]) -> list[Claim]:
     """8000 images, 500 classes, three encoders: time against bare torch, and memory."""
     seeds = seeds[:3]
-    ratios, errors = [], []
-    for seed in seeds:
-        features, y = scale_problem(seed)
-        start = time.process_time()
-        alpha = bare(features, y)
-        middle = time.process_time()
-        model = fit_at_scale(features, y)
-        ratios.append((time.process_time() - middle) / (middle - start))
-        errors.append(float((model.gp_.solver.dual() - alpha).norm() / alpha.norm()))
-        del model, alpha
-    matrices = []
-    for seed in seeds:
-        command = [sys.executable, __file__, "--memory", str(seed)]
-        matrices.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    times = [probe("time", seed) for seed in seeds]
+    ratios, errors = [t["ratio"] for t in times], [t["error"] for t in times]
+    matrices = [probe("memory", seed)["matrices"] for seed in seeds]
     where = f"n={N}, C={C}, {sum(DIMENSIONS.values())} dimensions, fixed hyper-parameters"
     return [
         Claim(
@@ -477,15 +478,26 @@ def scale(seeds: list[int]) -> list[Claim]:
     ]  # fmt: skip
 
 
+def print_time(seed: int) -> None:
+    """CPU time of `fit_at_scale` over that of `bare`, and how far apart their solutions are."""
+    features, y = scale_problem(seed)
+    start = time.process_time()
+    alpha = bare(features, y)
+    middle = time.process_time()
+    model = fit_at_scale(features, y)
+    ratio = (time.process_time() - middle) / (middle - start)
+    print(json.dumps({"ratio": ratio, "error": float((model.gp_.solver.dual() - alpha).norm() / alpha.norm())}))
+
+
 def print_memory(seed: int) -> None:
-    """In a process of its own: peak resident memory of `fit_at_scale`, in kernel matrices."""
-    torch.set_num_threads(1)
+    """Peak resident memory of `fit_at_scale`, in kernel matrices."""
     small = {name: np.random.default_rng(0).normal(size=(40, 8)) for name in DIMENSIONS}
     GPEnsembleClassifier(objective="none").fit(small, np.arange(40) % 2)  # everything is imported
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     features, y = scale_problem(seed)
     fit_at_scale(features, y)
-    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * N * N)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"matrices": (peak - before) * 1024 / (4 * N * N)}))
 
 
 def at_full_size(seeds: list[int]) -> list[Claim]:
@@ -516,10 +528,10 @@ MEASUREMENTS: list[Callable[[list[int]], list[Claim]]] = [
 ]
 
 if __name__ == "__main__":
-    if "--memory" in sys.argv:
-        print_memory(int(sys.argv[-1]))
+    torch.set_num_threads(1)
+    if "--probe" in sys.argv:
+        {"time": print_time, "memory": print_memory}[sys.argv[-2]](int(sys.argv[-1]))
     else:
-        torch.set_num_threads(1)
         run_benchmark(
             "gp-ensemble", MEASUREMENTS, seeds=(0, 1, 2, 3, 4), libraries=("scikit-learn", "gpytorch", "scipy")
         )
