@@ -59,10 +59,10 @@ vllm: .vllm/.made ## make .vllm, the environment with the CPU build of vLLM
 bench: $(NAMES:%=bench-%) report ## run every benchmark, one at a time; goes on where it was stopped
 
 bench-%: setup ## run one benchmark
-	@$(BIN)/python benchmarks/$(MODULE).py
+	@$(BIN)/python -P benchmarks/$(MODULE).py
 
 report: setup ## render results into benchmarks/report.html and the README tables
-	@$(BIN)/python benchmarks/report.py
+	@$(BIN)/python -P benchmarks/report.py
 
 lint: setup ## ruff, import contracts, types
 	@echo "ruff check";         $(BIN)/ruff check -q .
