@@ -133,7 +133,7 @@ class AcceptanceTracker:
                 at = float((tried > j).sum())
                 if at:
                     self._position_accepted[j], self._position_tried[j] = self._decay(
-                        self._position_accepted[j], self._position_tried[j], float((a > j).sum()), at
+                        float(self._position_accepted[j]), float(self._position_tried[j]), float((a > j).sum()), at
                     )
         if self.per_request:
             for name, hit, attempt in zip(ids, a.tolist(), tried.tolist(), strict=True):

@@ -57,7 +57,7 @@ class BatchState:
 
     def limits(self, draft_len: int) -> NDArray[Any]:
         """(requests,) verified lengths when every request takes what it can of a draft of `draft_len`."""
-        full = np.full(len(self.ids), draft_len, dtype=int)
+        full: NDArray[Any] = np.full(len(self.ids), draft_len, dtype=int)
         return full if self.caps is None else np.minimum(full, np.maximum(self.caps, 0)).astype(int)
 
 

@@ -244,7 +244,8 @@ def simulate(policy: Policy, hardware: Hardware, workload: Workload, seed: int =
     # Whether the draft agrees with the target at a position is a property of the text, alike for every policy.
     luck = np.random.default_rng([seed, 2]).random((n, int(output.max()) + 40))
 
-    done, prefilled = np.zeros(n, int), np.zeros(n, int)
+    done: NDArray[Any] = np.zeros(n, int)
+    prefilled: NDArray[Any] = np.zeros(n, int)
     to_prefill = prompt.copy()
     first, finish = np.full(n, np.nan), np.full(n, np.nan)
     running: list[int] = []
@@ -276,7 +277,7 @@ def simulate(policy: Policy, hardware: Hardware, workload: Workload, seed: int =
                 budget -= chunk
         n_prefill = sum(chunks.values())
         n_ctx = used
-        verified = np.zeros(len(decoding), int)
+        verified: NDArray[Any] = np.zeros(len(decoding), int)
         draft_len = 0
         if len(decoding):
             alpha = requests.alpha[decoding]
@@ -301,7 +302,7 @@ def simulate(policy: Policy, hardware: Hardware, workload: Workload, seed: int =
             ms *= float(np.exp(rng.normal(0, hardware.noise)))
         now += ms
         generated = 0
-        accepted = np.zeros(len(decoding), int)
+        accepted: NDArray[Any] = np.zeros(len(decoding), int)
         if len(decoding):
             width = int(verified.max())
             if width:

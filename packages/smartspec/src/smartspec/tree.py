@@ -50,7 +50,7 @@ class TokenTree:
 
     def ancestors(self) -> NDArray[Any]:
         """(nodes, nodes) True where the column's node is the row's node or one of its ancestors."""
-        mask = np.eye(len(self.paths), dtype=bool)
+        mask: NDArray[Any] = np.eye(len(self.paths), dtype=bool)
         for i, parent in enumerate(self.parents):
             if parent >= 0:
                 mask[i] |= mask[parent]
@@ -73,7 +73,7 @@ def best_tree(acceptance: ArrayLike, nodes: int) -> tuple[TokenTree, NDArray[Any
         raise UserError("tree acceptance is not a (levels, ranks) array of probabilities with rows up to 1")
     levels, ranks = beta.shape
     # Equal products keep parents first because a shorter path sorts first.
-    heap = [(-beta[0, r], 1, (r,)) for r in range(ranks)]
+    heap: list[tuple[float, int, tuple[int, ...]]] = [(-float(beta[0, r]), 1, (r,)) for r in range(ranks)]
     heapq.heapify(heap)
     paths: list[tuple[int, ...]] = []
     products: list[float] = []
@@ -83,7 +83,7 @@ def best_tree(acceptance: ArrayLike, nodes: int) -> tuple[TokenTree, NDArray[Any
         products.append(-float(negative))
         if depth < levels:
             for r in range(ranks):
-                heapq.heappush(heap, (negative * beta[depth, r], depth + 1, (*path, r)))
+                heapq.heappush(heap, (negative * float(beta[depth, r]), depth + 1, (*path, r)))
     if len(paths) < nodes:
         raise UserError(f"a tree of {levels} levels and {ranks} ranks has {len(paths)} nodes, {nodes} were asked for")
     return TokenTree(tuple(paths)), np.array(products)
