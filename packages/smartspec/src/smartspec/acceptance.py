@@ -192,3 +192,43 @@ class MatchRatioTracker:
         """matched of total requests had a match in this step."""
         if total > 0:
             self.ratio += self.ema * (matched / total - self.ratio)
+
+
+class TreeTracker:
+    """Running estimate of beta[j][r], "the guess of rank r is the one taken at level j", for tree-style drafters.
+
+    levels, ranks: size of the largest tree. initial: acceptance of the first rank before anything is seen; each further
+    rank starts at `fall` times the one before.
+    """
+
+    def __init__(
+        self,
+        levels: int,
+        ranks: int,
+        *,
+        initial: float = 0.6,
+        fall: float = 0.3,
+        prior: float = 10.0,
+        half_life: float = 300.0,
+    ) -> None:
+        start = initial * fall ** np.arange(ranks)
+        self._taken = prior * np.tile(start, (levels, 1))
+        self._tried = np.full((levels, ranks), prior)
+        self.half_life = half_life
+
+    @property
+    def acceptance(self) -> NDArray[Any]:
+        """(levels, ranks) probabilities, each row summing to at most CEILING."""
+        beta = self._taken / self._tried
+        return beta * np.minimum(CEILING / np.maximum(beta.sum(axis=1, keepdims=True), 1e-9), 1.0)
+
+    def update(self, level: int, offered: Sequence[int], taken: int | None) -> None:
+        """At a visited node of `level` (0 for the root) the ranks `offered` were tried; `taken` is the rank that was kept."""
+        ranks = list(offered)
+        if not ranks:
+            return
+        keep = 0.5 ** (1 / self.half_life)
+        self._taken[level, ranks] *= keep
+        self._tried[level, ranks] = self._tried[level, ranks] * keep + 1
+        if taken is not None:
+            self._taken[level, taken] += 1

@@ -41,6 +41,8 @@ class BatchState:
     max_draft_len: a limit on k for this step. weights: (requests,) worth of a token of each request, 1 when not given.
     matches_unknown: prompt lookup decides before matching; the tracked match ratio scales what is expected.
     acceptance: (requests,) alpha_i to use instead of the tracked ones; the simulator's oracle and `explain` set it.
+    survival: (requests, max_draft_len) probabilities that the j-th drafted token is kept, not increasing in j; tree drafters
+    give the path products of their nodes.
     true_acceptance: (requests,) known in simulation only.
     """
 
@@ -53,6 +55,7 @@ class BatchState:
     weights: NDArray[Any] | None = None
     matches_unknown: bool = False
     acceptance: NDArray[Any] | None = None
+    survival: NDArray[Any] | None = None
     true_acceptance: NDArray[Any] | None = None
 
     def limits(self, draft_len: int) -> NDArray[Any]:
@@ -283,6 +286,8 @@ class GoodputController:
         limit = self.max_draft_len if state.max_draft_len is None else min(state.max_draft_len, self.max_draft_len)
         if state.caps is not None:
             limit = min(limit, int(np.max(state.caps)))
+        if state.survival is not None:
+            limit = min(limit, np.shape(state.survival)[1])
         if limit <= 0:
             return [0], "capped"
         if self.guard is not None and self.guard.paused:
@@ -354,7 +359,9 @@ class GoodputController:
 
     def _survival(self, state: BatchState, draft_len: int) -> NDArray[Any]:
         """(requests, draft_len) weighted survival, 0 beyond the caps."""
-        if state.acceptance is None:
+        if state.survival is not None:
+            survival = np.asarray(state.survival, dtype=float)[:, :draft_len]
+        elif state.acceptance is None:
             survival = self.tracker.survival(state.ids, draft_len)
         else:
             alpha = np.asarray(state.acceptance, dtype=float)
