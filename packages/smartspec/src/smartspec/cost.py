@@ -201,20 +201,22 @@ class PiecewiseCostModel(CostModel):
         x = _plane_features(target)
         y = np.array([s.ms for s in target])
         _check_rank(x[:, [0, 1, 3]])
-        best: tuple[float, NDArray[Any], NDArray[Any]] | None = None
+        best: tuple[float, NDArray[Any], NDArray[Any], list[float]] | None = None
         n_batched = x[:, 1]
         starts = [0.5] if cls.n_planes == 1 else [0.25, 0.4, 0.5, 0.6, 0.75, 0.9]
         for share in starts:
             member = (
                 (n_batched > np.quantile(n_batched, share)).astype(int) if cls.n_planes > 1 else np.zeros(len(y), int)
             )
-            planes, shared = _alternate(x, extra, y, member, cls.n_planes, rounds)
+            planes, shared, dropped = _alternate(x, extra, y, member, cls.n_planes, rounds)
             predicted = (x @ planes.T).max(axis=1) + extra @ shared
             score = float(np.mean(np.abs(predicted - y) / y))
             if best is None or score < best[0]:
-                best = (score, planes, shared)
+                best = (score, planes, shared, dropped)
         assert best is not None
-        _, planes, shared = best
+        _, planes, shared, dropped = best
+        if dropped:
+            warnings.warn(f"a cost slope came out negative ({min(dropped):.3g} ms); refitted at zero", stacklevel=2)
         largest = (float(x[:, 0].max()), float(x[:, 1].max()))
         cost = _fit_draft(draft) if draft else DraftCost(*shared) if extra.shape[1] else DraftCost()
         return cls(draft_cost=cost, fingerprint=dict(fingerprint or {}), largest=largest, planes=planes)
@@ -369,8 +371,11 @@ def _draft_features(samples: Sequence[StepSample]) -> NDArray[Any]:
     return np.array(rows, dtype=float)
 
 
-def _relative_fit(x: NDArray[Any], y: NDArray[Any], free: NDArray[Any]) -> NDArray[Any]:
-    """Least squares of (x w - y) / y with w >= 0 where not `free`; negative ones are dropped and the rest refitted."""
+def _relative_fit(x: NDArray[Any], y: NDArray[Any], dropped: list[float] | None = None) -> NDArray[Any]:
+    """Least squares of (x w - y) / y with w >= 0; negative ones are dropped and the rest refitted.
+
+    dropped: gets the negative slopes that mattered, more than a fifth of a typical time at the end of the profile.
+    """
     active = np.abs(x).max(axis=0) > 0
     w = np.zeros(x.shape[1])
     scale = np.maximum(np.abs(x).max(axis=0), 1e-12)
@@ -378,24 +383,29 @@ def _relative_fit(x: NDArray[Any], y: NDArray[Any], free: NDArray[Any]) -> NDArr
         a = (x[:, active] / scale[active]) / y[:, None]
         w[:] = 0.0
         w[active] = np.linalg.lstsq(a, np.ones(len(y)), rcond=1e-10)[0] / scale[active]
-        negative = active & (w < 0) & ~free
+        negative = active & (w < 0)
         if not negative.any():
             return w
         worst = int(np.argmin(np.where(negative, w * scale / np.median(y), np.inf)))
-        if w[worst] * scale[worst] < -0.2 * np.median(y):
-            warnings.warn(f"a cost slope came out negative ({w[worst]:.3g} ms); refitted at zero", stacklevel=4)
+        if dropped is not None and w[worst] * scale[worst] < -0.2 * np.median(y):
+            dropped.append(float(w[worst]))
         active[worst] = False
     return w
 
 
 def _alternate(
     x: NDArray[Any], extra: NDArray[Any], y: NDArray[Any], member: NDArray[Any], n_planes: int, rounds: int
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Fit planes and reassign points in turn. n_seqs has no slope of its own: n_batched carries it."""
+) -> tuple[NDArray[Any], NDArray[Any], list[float]]:
+    """Fit planes and reassign points in turn. n_seqs has no slope of its own: n_batched carries it.
+
+    Returns (planes, 4), the draft coefficients, and the negative slopes that the last round refitted at zero.
+    """
     use = [0, 1, 3]
     planes = np.zeros((n_planes, 4))
     shared = np.zeros(extra.shape[1])
+    dropped: list[float] = []
     for _ in range(rounds):
+        dropped = []
         blocks = np.zeros((len(y), 3 * n_planes))
         for p in range(n_planes):
             rows = member == p
@@ -403,19 +413,19 @@ def _alternate(
                 rows = np.ones(len(y), bool)
             blocks[rows, 3 * p : 3 * p + 3] = x[rows][:, use]
         if extra.shape[1] or n_planes == 1:
-            w = _relative_fit(np.hstack([blocks, extra]), y, np.zeros(blocks.shape[1] + extra.shape[1], bool))
+            w = _relative_fit(np.hstack([blocks, extra]), y, dropped)
         else:
             w = np.zeros(3 * n_planes)
             for p in range(n_planes):
                 rows = np.abs(blocks[:, 3 * p : 3 * p + 3]).max(axis=1) > 0
-                w[3 * p : 3 * p + 3] = _relative_fit(x[rows][:, use], y[rows], np.zeros(3, bool))
+                w[3 * p : 3 * p + 3] = _relative_fit(x[rows][:, use], y[rows], dropped)
         planes[:, use] = w[: 3 * n_planes].reshape(n_planes, 3)
         shared = w[3 * n_planes :]
         moved = (x @ planes.T).argmax(axis=1)
         if (moved == member).all():
             break
         member = moved
-    return planes, shared
+    return planes, shared, dropped
 
 
 def _fit_draft(samples: Sequence[StepSample]) -> DraftCost:
@@ -428,7 +438,7 @@ def _fit_draft(samples: Sequence[StepSample]) -> DraftCost:
         if np.linalg.matrix_rank(scaled, tol=1e-6 * len(x)) == len(keep) + 1:
             keep.append(column)
     w = np.zeros(5)
-    w[keep] = _relative_fit(x[:, keep], y, np.zeros(len(keep), bool))
+    w[keep] = _relative_fit(x[:, keep], y)
     return DraftCost(*(float(v) for v in w))
 
 

@@ -121,7 +121,7 @@ def verify_tree(
     At each node its children are tried in the order of their ranks, each against what the earlier ones left of p.
     Returns (b, levels) indices of the taken nodes, -1 beyond the last, and (b,) the next token.
     """
-    b, n = tokens.shape
+    b = tokens.shape[0]
     device = p.device
     children = _children(tree).to(device)
     rows = torch.arange(b, device=device)
