@@ -1,7 +1,7 @@
 """The offline world: a language of phrases, a trained target and draft, and knobs for cost and acceptance.
 
 The two models come with the package (`assets/`, float16); `python -m smartspec.testbed` trains them anew from nothing in
-about two minutes of one core. `with_ballast` makes the target expensive without changing its function, `with_noise` makes
+about 40 seconds of one core. `with_ballast` makes the target expensive without changing its function, `with_noise` makes
 the draft worse, so that cost and acceptance are set apart from each other.
 """
 
@@ -21,7 +21,7 @@ SHAPES = {
     "target": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
     "draft": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 2},
 }
-RECIPES = {"target": (500, 3e-3), "draft": (500, 5e-3)}
+RECIPES = {"target": (160, 5e-3), "draft": (240, 6e-3)}
 
 
 def corpus(tokens: int, *, seed: int = 0, language_seed: int = 0) -> NDArray[Any]:
