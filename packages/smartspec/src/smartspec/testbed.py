@@ -47,12 +47,14 @@ def prompts(count: int, length: int = 24, *, seed: int = 0) -> list[list[int]]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of the language: one token a word, w0 to w511."""
+    """A tokenizer of the language: one token a word, w2 to w511 after the two special ones."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    # A special token named like a word would be found inside longer words.
+    words = {"<unk>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, VOCAB)}}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0", eos_token="w1", pad_token="w1")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
 
 
 def untrained(kind: str, *, seed: int = 0) -> LlamaForCausalLM:
