@@ -189,9 +189,9 @@ def test_a_request_may_refuse_speculation():
 
 @pytest.mark.parametrize("draft", ["model", "prompt_lookup", "medusa"])
 def test_sampled_output_is_the_targets(draft):
-    """Two tokens drawn 6000 times against the exact distribution."""
+    """Two tokens drawn 3000 times against the exact distribution."""
     model = make("llama", vocab=6)
-    prompt, n = [1, 2, 3, 1, 2], 6000
+    prompt, n = [1, 2, 3, 1, 2], 3000
     heads = MedusaHeads(2, 32, 6)
     drafter = {"model": noisy(model, 0.3), "prompt_lookup": "prompt_lookup", "medusa": heads}[draft]
     engine = SpecEngine(model, drafter, policy=FixedLength(3), max_num_seqs=500, max_len=16, seed=4)

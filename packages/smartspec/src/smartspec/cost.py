@@ -216,7 +216,8 @@ class PiecewiseCostModel(CostModel):
         assert best is not None
         _, planes, shared, dropped = best
         if dropped:
-            warnings.warn(f"a cost slope came out negative ({min(dropped):.3g} ms); refitted at zero", stacklevel=2)
+            # The same words every time, so that a server which refits now and then says it once.
+            warnings.warn("a cost slope came out negative and was refitted at zero", stacklevel=2)
         largest = (float(x[:, 0].max()), float(x[:, 1].max()))
         cost = _fit_draft(draft) if draft else DraftCost(*shared) if extra.shape[1] else DraftCost()
         return cls(draft_cost=cost, fingerprint=dict(fingerprint or {}), largest=largest, planes=planes)

@@ -182,11 +182,11 @@ def serve_online(
 
 def interleave(
     server: Server, policies: dict[str, Policy], prompts: Sequence[Sequence[int]], new_tokens: int, *, rounds: int = 5,
-    progress: Callable[[int, int], None] | None = None,
+    warmup: int = 1, progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[Served]]:  # fmt: skip
     """Every policy serves the prompts once in each round, in an order that turns; policies keep what they have learned.
 
-    A first round warms up and is not kept.
+    warmup: rounds before the first that is kept.
 
     Raises UserError for no policies or rounds < 1.
     """
@@ -194,14 +194,14 @@ def interleave(
         raise UserError("interleaved rounds need at least one policy and one round")
     names = list(policies)
     kept: dict[str, list[Served]] = {name: [] for name in names}
-    for turn in range(rounds + 1):
+    for turn in range(warmup + rounds):
         order = names[turn % len(names) :] + names[: turn % len(names)]
         for i, name in enumerate(order):
             run = serve(server, policies[name], prompts, new_tokens)
-            if turn:
+            if turn >= warmup:
                 kept[name].append(run)
             if progress is not None:
-                progress(turn * len(names) + i + 1, (rounds + 1) * len(names))
+                progress(turn * len(names) + i + 1, (warmup + rounds) * len(names))
     return kept
 
 
