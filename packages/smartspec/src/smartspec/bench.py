@@ -43,8 +43,11 @@ def learn_cost(
     Raises ProfileError when the steps do not determine it.
     """
     explore = _Explore(most)
-    for size in [*sizes, *sizes]:
-        serve(server, explore, prompts[:size], new_tokens)
+    for turn in range(20):
+        for size in sizes:
+            serve(server, explore, prompts[: 2 * size], new_tokens, concurrency=size)
+        if turn and len(explore.samples) >= 80:
+            break
     steps = explore.samples[5:]
     limit = float(np.quantile([s.ms for s in steps], 0.98))
     return PiecewiseCostModel.fit([s for s in steps if s.ms <= limit])
@@ -66,7 +69,9 @@ def compare(
     for size in sizes:
         policies: dict[str, Policy] = {f"k={k}": FixedLength(k) for k in lengths}
         policies["goodput"] = GoodputController(model, most)
-        runs = interleave(server, policies, prompts[:size], new_tokens, rounds=rounds, progress=progress)
+        runs = interleave(
+            server, policies, prompts[: 2 * size], new_tokens, rounds=rounds, concurrency=size, progress=progress
+        )
         best = best_fixed(runs)
         base = runs[f"k={lengths[0]}"][0].outputs
         for name, served in runs.items():

@@ -237,6 +237,8 @@ class GoodputController:
         self._rng = np.random.default_rng(seed)
         self._tokens = self._ms = 0.0
         self._zeros = 0
+        self._known: frozenset[Hashable] = frozenset()
+        self._quiet_ms = 0.0
         self._next_probe = probe_every
         self._age = 0
         self._kept = 0
@@ -245,7 +247,7 @@ class GoodputController:
 
     @property
     def rho(self) -> float:
-        """Price of time: tokens per ms of prefill-free time lately; 0 before the first step."""
+        """Price of time: tokens per predicted ms of prefill-free time lately; 0 before the first step."""
         return self._tokens / self._ms if self._ms > 0 else 0.0
 
     def decide(self, state: BatchState) -> SpecDecision:
@@ -253,6 +255,10 @@ class GoodputController:
         if not len(state.ids):
             return SpecDecision(0, np.zeros(0, int), reason="capped")
         self._age += 1
+        present = frozenset(state.ids)
+        if present - self._known:
+            self._quiet_ms = 0.0
+        self._known = present
         decision = self._decide(state)
         self.counters[decision.reason] += 1
         if decision.draft_len == 0:
@@ -351,11 +357,15 @@ class GoodputController:
             table.append((k, float(tokens[n]), float(net[n]), float(net[n] + own), n))
         return table
 
+    @property
+    def _by_ratio(self) -> bool:
+        # When nobody has come for a whole window, no other work waits for the time that is saved, so it has no price.
+        return self.objective == "ratio" or self.rho <= 0 or self._quiet_ms > self.window_ms
+
     def _score(self, tokens: Any, ms: Any) -> Any:
-        rho = self.rho
-        if self.objective == "ratio" or rho <= 0:
+        if self._by_ratio:
             return tokens / np.maximum(ms, 1e-9)
-        return tokens - rho * ms
+        return tokens - self.rho * ms
 
     def _survival(self, state: BatchState, draft_len: int) -> NDArray[Any]:
         """(requests, draft_len) weighted survival, 0 beyond the caps."""
@@ -381,7 +391,7 @@ class GoodputController:
                 break
             last = score
         floor = float(self._score(zero[1], zero[2]))
-        if self.objective == "ratio" or self.rho <= 0:
+        if self._by_ratio:
             return best if top > floor * (1 + self.min_gain) else zero
         return best if top > floor + self.min_gain * zero[1] else zero
 
@@ -451,17 +461,20 @@ class GoodputController:
         if not (math.isfinite(outcome.ms) and outcome.ms > 0):
             self.counters["invalid"] += 1
             return
-        net = outcome.ms
-        if outcome.n_prefill and self.prefill != "included":
-            sizes = np.array([outcome.n_batched - outcome.n_prefill, outcome.n_batched])
-            plain = self.cost.target(outcome.n_ctx, sizes, n_seqs)
-            own = float(plain[1] - plain[0])
-            if math.isfinite(own):
-                net = max(outcome.ms - own, 0.05 * outcome.ms)
-        keep = math.exp(-net / self.window_ms)
-        self._tokens = keep * self._tokens + outcome.generated
-        self._ms = keep * self._ms + net
+        # The price is in the cost model's own milliseconds: a model that is off by a factor then still ranks lengths alike.
+        n_prefill = 0 if self.prefill == "included" else outcome.n_prefill
+        believed = float(self.cost.target(outcome.n_ctx, outcome.n_batched - n_prefill, n_seqs))
+        believed += self.cost.draft(outcome.n_ctx, n_seqs, outcome.draft_len)
+        if math.isfinite(believed) and believed > 0:
+            keep = math.exp(-believed / self.window_ms)
+            self._tokens = keep * self._tokens + outcome.generated
+            self._ms = keep * self._ms + believed
+            self._quiet_ms += believed
         if self.guard is not None:
+            own = float(self.cost.target(outcome.n_ctx, outcome.n_batched, n_seqs)) - float(
+                self.cost.target(outcome.n_ctx, outcome.n_batched - outcome.n_prefill, n_seqs)
+            )
+            net = max(outcome.ms - own, 0.05 * outcome.ms) if math.isfinite(own) else outcome.ms
             self.guard.observe(n_seqs, outcome.draft_len, outcome.generated, net, predicted[1])
 
     def forget(self, name: Hashable) -> None:

@@ -137,9 +137,18 @@ class VllmServer:
         return list(self._lengths)
 
 
-def serve(server: Server, policy: Policy | None, prompts: Sequence[Sequence[int]], new_tokens: int) -> Served:
-    """Serve all prompts at once."""
-    return serve_online(server, policy, prompts, new_tokens, arrivals=[0.0] * len(prompts))
+def serve(
+    server: Server,
+    policy: Policy | None,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    concurrency: int | None = None,
+) -> Served:
+    """Serve prompts, `concurrency` of them at any time: the next one comes when one has ended. All at once when not given."""
+    return serve_online(
+        server, policy, prompts, new_tokens, arrivals=[0.0] * len(prompts), concurrency=concurrency or len(prompts)
+    )
 
 
 def serve_online(
@@ -149,10 +158,11 @@ def serve_online(
     new_tokens: int,
     *,
     arrivals: Sequence[float],
+    concurrency: int = 1 << 30,
 ) -> Served:
     """Serve prompts as they arrive, on a virtual clock that the server's own clock advances.
 
-    arrivals: seconds, not decreasing. While nothing runs the clock jumps to the next arrival, so `seconds` counts work only.
+    arrivals: seconds, not decreasing. concurrency: most requests in the system. While nothing runs the clock jumps to the next arrival, so `seconds` counts work only.
     """
     server.use(policy)
     done: dict[int, list[int]] = {}
@@ -162,7 +172,7 @@ def serve_online(
     while len(done) < len(prompts):
         if coming == len(done) and arrivals[coming] > now:
             now = float(arrivals[coming])
-        while coming < len(prompts) and arrivals[coming] <= now:
+        while coming < len(prompts) and arrivals[coming] <= now and coming - len(done) < concurrency:
             server.add(coming, prompts[coming], new_tokens)
             coming += 1
         start = server.clock()
@@ -182,11 +192,11 @@ def serve_online(
 
 def interleave(
     server: Server, policies: dict[str, Policy], prompts: Sequence[Sequence[int]], new_tokens: int, *, rounds: int = 5,
-    warmup: int = 1, progress: Callable[[int, int], None] | None = None,
+    warmup: int = 1, concurrency: int | None = None, progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[Served]]:  # fmt: skip
     """Every policy serves the prompts once in each round, in an order that turns; policies keep what they have learned.
 
-    warmup: rounds before the first that is kept.
+    warmup: rounds before the first that is kept. concurrency: as `serve`.
 
     Raises UserError for no policies or rounds < 1.
     """
@@ -197,7 +207,7 @@ def interleave(
     for turn in range(warmup + rounds):
         order = names[turn % len(names) :] + names[: turn % len(names)]
         for i, name in enumerate(order):
-            run = serve(server, policies[name], prompts, new_tokens)
+            run = serve(server, policies[name], prompts, new_tokens, concurrency=concurrency)
             if turn >= warmup:
                 kept[name].append(run)
             if progress is not None:
