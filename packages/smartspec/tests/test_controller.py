@@ -232,3 +232,23 @@ def test_bad_settings(kwargs, cause):
 def test_explain_refuses_nan():
     with pytest.raises(UserError, match="not a finite"):
         primed().explain(state([math.nan]))
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+def test_a_model_off_by_a_factor_decides_alike(factor):
+    true = roofline()
+    wrong = PiecewiseCostModel(planes=factor * true.planes, draft_cost=DraftCost(step=factor * 1.1))
+    options = {"max_draft_len": 6, "window_ms": 1e9}
+    right, off = (feed(GoodputController(c, **options), 0.8, 150, cost=true) for c in (true, wrong))
+    assert right == off
+
+
+def test_time_has_no_price_when_nobody_comes():
+    """A lone straggler after a full batch is not held to the full batch's rate."""
+    controller = GoodputController(roofline(), 8, window_ms=100.0)
+    feed(controller, 0.8, 60, n=32)
+    alone = BatchState([0], np.array([100]), acceptance=np.array([0.8]))
+    assert controller._by_ratio and controller.decide(alone).draft_len > 2
+    newcomer = BatchState(["new"], np.array([100]), acceptance=np.array([0.8]))
+    controller.decide(newcomer)
+    assert not controller._by_ratio

@@ -42,3 +42,15 @@ def test_bad_rounds_and_no_vllm(server, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
     with pytest.raises(UserError, match="make vllm"):
         VllmServer("target", None)
+
+
+def test_concurrency_holds_while_requests_last(server):
+    seen = []
+
+    class Watch(FixedLength):
+        def decide(self, state):
+            seen.append(len(state.ids))
+            return super().decide(state)
+
+    run = serve(server, Watch(1), PROMPTS, 10, concurrency=2)
+    assert max(seen) == 2 and run.outputs == serve(server, NoSpeculation(), PROMPTS, 10).outputs
