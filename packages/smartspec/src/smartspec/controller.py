@@ -1,0 +1,509 @@
+"""The goodput controller: at every step, how many tokens to draft and how many of them to verify for each request.
+
+The paper (2406.14066, Algorithm 1) maximises goodput, the expected tokens of a step divided by its time,
+
+    G(k) = N(k) / T(k),    N(k) = sum_i l(alpha_i, k).
+
+Two things differ in the default:
+
+- *marginal prefill*: a step that carries prefill is long anyway, which makes drafted tokens look cheap just when the
+  machine is full. The prefill's own time is taken out: T'(k) = T(k) - [T(0 with prefill) - T(0 without)].
+- *price*: over a long run the best choice in each step is argmax N(k) - rho T'(k), with rho the tokens per millisecond
+  that steps have lately brought; the ratio is right only when all steps are alike.
+
+Costs are not planes, so G has more than one peak: every k is tried.
+
+The decision of a step depends on finished steps only, never on a token drawn in it, which keeps sampling lossless.
+"""
+
+import math
+from collections import Counter, deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tenfold_shared.errors import UserError
+
+from smartspec.acceptance import AcceptanceTracker, MatchRatioTracker
+from smartspec.cost import CostModel
+
+
+@dataclass
+class BatchState:
+    """What is known before a step.
+
+    ids: (requests,) names of the decoding requests. context: (requests,) tokens in their caches.
+    caps: (requests,) most drafted tokens worth verifying: what is left to generate minus one, and for prompt lookup the
+    length of the match; no limit when not given.
+    n_prefill: prefill tokens in the same target pass. free_tokens: cache tokens that drafts may take.
+    max_draft_len: a limit on k for this step. weights: (requests,) worth of a token of each request, 1 when not given.
+    matches_unknown: prompt lookup decides before matching; the tracked match ratio scales what is expected.
+    acceptance: (requests,) alpha_i to use instead of the tracked ones; the simulator's oracle and `explain` set it.
+    survival: (requests, max_draft_len) probabilities that the j-th drafted token is kept, not increasing in j; tree drafters
+    give the path products of their nodes.
+    true_acceptance: (requests,) known in simulation only.
+    """
+
+    ids: Sequence[Hashable]
+    context: NDArray[Any]
+    caps: NDArray[Any] | None = None
+    n_prefill: int = 0
+    free_tokens: int | None = None
+    max_draft_len: int | None = None
+    weights: NDArray[Any] | None = None
+    matches_unknown: bool = False
+    acceptance: NDArray[Any] | None = None
+    survival: NDArray[Any] | None = None
+    true_acceptance: NDArray[Any] | None = None
+
+    def limits(self, draft_len: int) -> NDArray[Any]:
+        """(requests,) verified lengths when every request takes what it can of a draft of `draft_len`."""
+        full: NDArray[Any] = np.full(len(self.ids), draft_len, dtype=int)
+        return full if self.caps is None else np.minimum(full, np.maximum(self.caps, 0)).astype(int)
+
+
+@dataclass
+class SpecDecision:
+    """draft_len: tokens k to draft. verify_lens: (requests,) how many of them to verify, v_i <= k.
+
+    goodput: expected tokens per ms of prefill-free time. predicted_ms: of the whole step, prefill included.
+    reason: "speculate", or why not: "saturated" (even perfect drafts would not pay), "low_acceptance", "prefill",
+    "kv_pressure", "capped", "invalid", "guard"; "probe" for a step that only refreshes the estimate.
+    """
+
+    draft_len: int
+    verify_lens: NDArray[Any]
+    goodput: float = math.nan
+    predicted_ms: float = math.nan
+    reason: str = "speculate"
+
+
+@dataclass
+class StepOutcome:
+    """What a step brought.
+
+    ids, verified, accepted: (requests,) names, tokens checked and tokens kept by the rule, before stops cut them.
+    generated: tokens handed out, after stops. ms: time of the step.
+    n_ctx, n_batched, n_prefill, draft_len: the step as `StepSample` has it.
+    matched: requests for which prompt lookup found a match, None for other drafters.
+    """
+
+    ids: Sequence[Hashable]
+    verified: NDArray[Any]
+    accepted: NDArray[Any]
+    generated: int
+    ms: float
+    n_ctx: int = 0
+    n_batched: int = 0
+    n_prefill: int = 0
+    draft_len: int = 0
+    matched: int | None = None
+
+
+class Policy(Protocol):
+    """What drives an engine, the simulator and vLLM alike."""
+
+    def decide(self, state: BatchState) -> SpecDecision: ...
+    def observe(self, outcome: StepOutcome) -> None: ...
+    def forget(self, name: Hashable) -> None: ...
+
+
+class GoodputGuard:
+    """Checks by measurement that speculation pays: never worse than off, even when the cost model is wrong.
+
+    While predicted and realised goodput agree within `tolerance` nothing happens. After `patience` steps of disagreement
+    speculation pauses for `trial` steps; what both brought in this region of batch sizes is then compared, and the
+    better one is kept for `hold` steps.
+    """
+
+    def __init__(self, *, tolerance: float = 0.15, patience: int = 200, trial: int = 50, hold: int = 1000) -> None:
+        self.tolerance, self.patience, self.trial, self.hold = tolerance, patience, trial, hold
+        self.trips = 0
+        self._predicted = self._realised = 0.0
+        self._apart = 0
+        self._pause = 0
+        self._holding = False
+        self._quiet = 0
+        self._rates: dict[tuple[int, bool], tuple[float, float]] = {}
+
+    @property
+    def paused(self) -> bool:
+        """Speculation is held off."""
+        return self._pause > 0
+
+    def observe(self, n_seqs: int, draft_len: int, tokens: float, ms: float, predicted: float) -> None:
+        """Take in a finished decode step; `predicted` is the expected tokens per ms."""
+        if ms <= 0 or not math.isfinite(ms):
+            return
+        key = (n_seqs.bit_length(), draft_len > 0)
+        old_tokens, old_ms = self._rates.get(key, (0.0, 0.0))
+        self._rates[key] = (0.99 * old_tokens + tokens, 0.99 * old_ms + ms)
+        if self._pause:
+            self._pause -= 1
+            if not self._pause and not self._holding:
+                self._judge(key[0])
+            elif not self._pause:
+                self._holding = False
+            return
+        self._quiet = max(self._quiet - 1, 0)
+        if not math.isfinite(predicted) or draft_len == 0:
+            return
+        self._predicted = 0.98 * self._predicted + predicted * ms
+        self._realised = 0.98 * self._realised + tokens
+        apart = abs(self._predicted / max(self._realised, 1e-9) - 1) > self.tolerance
+        self._apart = self._apart + 1 if apart else 0
+        if self._apart >= self.patience and not self._quiet:
+            self.trips += 1
+            self._apart, self._pause, self._holding = 0, self.trial, False
+
+    def _judge(self, size: int) -> None:
+        tokens, ms = self._rates.get((size, True), (0.0, 0.0))
+        plain_tokens, plain_ms = self._rates.get((size, False), (0.0, 0.0))
+        if ms and plain_ms and plain_tokens / plain_ms > tokens / ms:
+            self._pause, self._holding = self.hold, True
+        else:
+            self._quiet = self.hold
+
+
+class GoodputController:
+    """Chooses k and v_i by predicted goodput.
+
+    cost: times of target and draft. max_draft_len: largest k >= 1.
+    objective: "price" (N - rho T', default) or "ratio" (N / T').
+    prefill: "marginal" (default, prefill's own time taken out), "included" (as published), "disable" (no speculation in
+    steps that carry prefill).
+    verify: "uniform" (v_i = k up to the caps) or "ragged" (slots ranked by survival, the best n admitted).
+    min_gain: k > 0 must beat k = 0 by this share. interval: steps between decisions.
+    probe_every: zero steps after which k = 1 is tried once, 0 for never. candidates: the k to choose from, all when
+    not given. stop_early: stop at the first k that is worse than the one before, as published.
+    kv_headroom: a draft must fit this many times into the free cache. tracker: acceptance estimate.
+    guard: an online check by measurement, or None.
+
+    Raises UserError for max_draft_len < 1, an unknown option, or candidates outside 0..max_draft_len.
+    """
+
+    def __init__(
+        self,
+        cost: CostModel,
+        max_draft_len: int = 8,
+        *,
+        objective: str = "price",
+        prefill: str = "marginal",
+        verify: str = "uniform",
+        min_gain: float = 0.02,
+        interval: int = 1,
+        probe_every: int = 64,
+        candidates: Sequence[int] | None = None,
+        stop_early: bool = False,
+        window_ms: float = 400.0,
+        kv_headroom: float = 1.1,
+        tracker: AcceptanceTracker | None = None,
+        guard: GoodputGuard | None = None,
+        seed: int = 0,
+    ) -> None:
+        if max_draft_len < 1:
+            raise UserError(f"max_draft_len is {max_draft_len}, expected 1 or more", hint="use NoSpeculation for 0")
+        for name, value, known in (
+            ("objective", objective, ("price", "ratio")),
+            ("prefill", prefill, ("marginal", "included", "disable")),
+            ("verify", verify, ("uniform", "ragged")),
+        ):
+            if value not in known:
+                raise UserError(f"{name} is '{value}', expected {' or '.join(known)}")
+        chosen = sorted({0, *(range(max_draft_len + 1) if candidates is None else candidates)})
+        if chosen[0] < 0 or chosen[-1] > max_draft_len or len(chosen) < 2:
+            raise UserError(f"candidates are {candidates}, expected lengths from 0 to {max_draft_len}")
+        if interval < 1:
+            raise UserError(f"interval is {interval}, expected 1 or more")
+        self.cost = cost
+        self.max_draft_len = max_draft_len
+        self.objective = objective
+        self.prefill = prefill
+        self.verify = verify
+        self.min_gain = min_gain
+        self.interval = interval
+        self.probe_every = probe_every
+        self.candidates = chosen
+        self.stop_early = stop_early
+        self.window_ms = window_ms
+        self.kv_headroom = kv_headroom
+        self.tracker = tracker or AcceptanceTracker()
+        self.matches = MatchRatioTracker()
+        self.guard = guard
+        self.counters: Counter[str] = Counter()
+        """Decisions by reason, and "probe"."""
+        self._rng = np.random.default_rng(seed)
+        self._tokens = self._ms = 0.0
+        self._zeros = 0
+        self._known: frozenset[Hashable] = frozenset()
+        self._quiet_ms = 0.0
+        self._next_probe = probe_every
+        self._age = 0
+        self._kept = 0
+        # vLLM has two steps in flight; each outcome meets its own prediction.
+        self._predictions: deque[tuple[int, float]] = deque(maxlen=4)
+
+    @property
+    def rho(self) -> float:
+        """Price of time: tokens per predicted ms of prefill-free time lately; 0 before the first step."""
+        return self._tokens / self._ms if self._ms > 0 else 0.0
+
+    def decide(self, state: BatchState) -> SpecDecision:
+        """Choose k and (requests,) v_i for this step. Never raises on a NaN: it answers k = 0 and counts "invalid"."""
+        if not len(state.ids):
+            return SpecDecision(0, np.zeros(0, int), reason="capped")
+        self._age += 1
+        present = frozenset(state.ids)
+        if present - self._known:
+            self._quiet_ms = 0.0
+        self._known = present
+        decision = self._decide(state)
+        self.counters[decision.reason] += 1
+        if decision.draft_len == 0:
+            self._zeros += 1
+        else:
+            self._zeros = 0
+        self._predictions.append((decision.draft_len, decision.goodput))
+        return decision
+
+    def _decide(self, state: BatchState) -> SpecDecision:
+        options, blocked = self._allowed(state)
+        table = self._evaluate(state, options)
+        finite = table is not None and all(math.isfinite(v) for row in table for v in row[1:4])
+        if table is None or not finite:
+            return SpecDecision(0, np.zeros(len(state.ids), int), reason="invalid")
+        if blocked:
+            return self._made(state, table[0], blocked)
+        if self.interval > 1 and self._age % self.interval != 1 and self._kept in options:
+            row = next(r for r in table if r[0] == self._kept)
+            return self._made(state, row, "speculate" if self._kept else self._why_not(state))
+        best = self._best(table)
+        self._kept = best[0]
+        if best[0]:
+            return self._made(state, best, "speculate")
+        if self._should_probe(table):
+            return self._made(state, next(r for r in table if r[0] > 0), "probe")
+        return self._made(state, best, self._why_not(state))
+
+    def _allowed(self, state: BatchState) -> tuple[list[int], str]:
+        """Candidate lengths for this step, and the reason when only 0 is left."""
+        limit = self.max_draft_len if state.max_draft_len is None else min(state.max_draft_len, self.max_draft_len)
+        if state.caps is not None:
+            limit = min(limit, int(np.max(state.caps)))
+        if state.survival is not None:
+            limit = min(limit, np.shape(state.survival)[1])
+        if limit <= 0:
+            return [0], "capped"
+        if self.guard is not None and self.guard.paused:
+            return [0], "guard"
+        if self.prefill == "disable" and state.n_prefill:
+            return [0], "prefill"
+        if state.free_tokens is not None:
+            # k drafted tokens and the bonus token for each request must fit without preempting anyone.
+            limit = min(limit, int(state.free_tokens / (self.kv_headroom * len(state.ids))) - 1)
+            if limit <= 0:
+                return [0], "kv_pressure"
+        return [k for k in self.candidates if k <= limit] or [0], ""
+
+    def _evaluate(self, state: BatchState, options: list[int]) -> list[tuple[int, float, float, float, int]] | None:
+        """For each k: (k, N(k), T'(k), T(k), admitted slots n). None when the acceptance is not finite."""
+        survival = self._survival(state, options[-1])
+        if not np.isfinite(survival).all():
+            return None
+        n_seqs = len(state.ids)
+        n_ctx = float(np.sum(state.context))
+        base = float(np.sum(state.weights)) if state.weights is not None else float(n_seqs)
+        share = self.matches.ratio if state.matches_unknown else 1.0
+        own = 0.0
+        if self.prefill != "included" and state.n_prefill:
+            plain = self.cost.target(n_ctx, np.array([n_seqs, n_seqs + state.n_prefill]), n_seqs)
+            own = float(plain[1] - plain[0])
+        caps = state.limits(options[-1])
+        if self.verify == "ragged":
+            return self._evaluate_ragged(state, options, survival, caps, own, n_ctx, base, share)
+        gains = survival.sum(axis=0) if survival.shape[1] else np.zeros(0)
+        slots = np.concatenate([[0], np.cumsum([(caps > j).sum() for j in range(options[-1])])])
+        tokens = base + share * np.concatenate([[0.0], np.cumsum(gains)])
+        times = self.cost.target(n_ctx, n_seqs + state.n_prefill + share * slots, n_seqs)
+        table = []
+        for k in options:
+            ms = float(times[k]) + self.cost.draft(n_ctx, n_seqs, k)
+            table.append((k, float(tokens[k]), ms - own, ms, int(slots[k])))
+        self.cost.within_range(n_ctx, n_seqs + state.n_prefill + slots[-1])
+        return table
+
+    def _evaluate_ragged(
+        self, state: BatchState, options: list[int], survival: NDArray[Any], caps: NDArray[Any],
+        own: float, n_ctx: float, base: float, share: float,
+    ) -> list[tuple[int, float, float, float, int]]:  # fmt: skip
+        """Slots (i, j) in the order of survival; for each k the best number n of them."""
+        n_seqs = len(state.ids)
+        position = np.broadcast_to(np.arange(1, survival.shape[1] + 1), survival.shape)
+        real = position <= caps[:, None]
+        worth, where = survival[real], position[real]
+        order = np.argsort(-worth, kind="stable")
+        worth, where = share * worth[order], where[order]
+        times = np.atleast_1d(
+            self.cost.target(n_ctx, n_seqs + state.n_prefill + share * np.arange(len(worth) + 1), n_seqs)
+        )
+        table = []
+        for k in options:
+            tokens = base + np.concatenate([[0.0], np.cumsum(worth[where <= k])])
+            draft = self.cost.draft(n_ctx, n_seqs, k)
+            net = times[: len(tokens)] + (draft - own)
+            n = int(np.argmax(self._score(tokens, net))) if k else 0
+            table.append((k, float(tokens[n]), float(net[n]), float(net[n] + own), n))
+        return table
+
+    @property
+    def _by_ratio(self) -> bool:
+        # When nobody has come for a whole window, no other work waits for the time that is saved, so it has no price.
+        return self.objective == "ratio" or self.rho <= 0 or self._quiet_ms > self.window_ms
+
+    def _score(self, tokens: Any, ms: Any) -> Any:
+        if self._by_ratio:
+            return tokens / np.maximum(ms, 1e-9)
+        return tokens - self.rho * ms
+
+    def _survival(self, state: BatchState, draft_len: int) -> NDArray[Any]:
+        """(requests, draft_len) weighted survival, 0 beyond the caps."""
+        if state.survival is not None:
+            survival = np.asarray(state.survival, dtype=float)[:, :draft_len]
+        elif state.acceptance is None:
+            survival = self.tracker.survival(state.ids, draft_len)
+        else:
+            alpha = np.asarray(state.acceptance, dtype=float)
+            survival = np.cumprod(np.repeat(alpha[:, None], draft_len, axis=1), axis=1)
+        if state.caps is not None:
+            survival = survival * (np.arange(1, draft_len + 1) <= state.limits(draft_len)[:, None])
+        return survival if state.weights is None else survival * np.asarray(state.weights)[:, None]
+
+    def _best(self, table: list[tuple[int, float, float, float, int]]) -> tuple[int, float, float, float, int]:
+        zero = best = table[0]
+        top = last = float(self._score(zero[1], zero[2]))
+        for row in table[1:]:
+            score = float(self._score(row[1], row[2]))
+            if score > top:
+                top, best = score, row
+            if self.stop_early and score < last:
+                break
+            last = score
+        floor = float(self._score(zero[1], zero[2]))
+        if self._by_ratio:
+            return best if top > floor * (1 + self.min_gain) else zero
+        return best if top > floor + self.min_gain * zero[1] else zero
+
+    def _should_probe(self, table: list[tuple[int, float, float, float, int]]) -> bool:
+        if not self.probe_every or len(table) < 2 or self._zeros < self._next_probe:
+            return False
+        zero, one = table[0], table[1]
+        # What the probe costs beyond what it brings, as a share of a plain step.
+        loss = (one[2] - zero[2]) / zero[2] - (one[1] - zero[1]) / zero[1]
+        if loss >= 0.25:
+            return False
+        self._next_probe = int(self.probe_every * self._rng.uniform(0.75, 1.25))
+        return True
+
+    def _why_not(self, state: BatchState) -> str:
+        """Would perfect drafts pay?"""
+        options, _ = self._allowed(state)
+        perfect = BatchState(
+            state.ids, state.context, caps=state.caps, n_prefill=state.n_prefill, weights=state.weights,
+            acceptance=np.ones(len(state.ids)),
+        )  # fmt: skip
+        table = self._evaluate(perfect, options)
+        return "low_acceptance" if table and self._best(table)[0] else "saturated"
+
+    def _made(self, state: BatchState, row: tuple[int, float, float, float, int], reason: str) -> SpecDecision:
+        k, tokens, net, ms, n = row
+        lens = state.limits(k)
+        if self.verify == "ragged" and k and reason != "probe":
+            survival = self._survival(state, k)
+            real = np.arange(1, k + 1) <= lens[:, None]
+            index = np.flatnonzero(real.ravel())
+            admitted = index[np.argsort(-survival.ravel()[index], kind="stable")[:n]]
+            lens = np.bincount(admitted // k, minlength=len(state.ids))
+        return SpecDecision(k, lens, tokens / net if net > 0 else math.nan, ms, reason)
+
+    def explain(self, state: BatchState) -> list[dict[str, float]]:
+        """Tokens, ms, goodput and score for every allowed k; changes nothing.
+
+        Raises UserError when acceptance or cost is not finite.
+        """
+        options, _ = self._allowed(state)
+        table = self._evaluate(state, options)
+        if table is None or not all(math.isfinite(v) for row in table for v in row[1:4]):
+            raise UserError("acceptance or cost is not a finite number for this state")
+        return [
+            {
+                "k": k,
+                "tokens": tokens,
+                "ms": ms,
+                "ms_without_prefill": net,
+                "goodput_per_s": 1000 * tokens / net,
+                "score": float(self._score(tokens, net)),
+                "verified": n,
+            }
+            for k, tokens, net, ms, n in table
+        ]
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Learn from a finished step: acceptance, match ratio, the price of time, the guard."""
+        n_seqs = len(outcome.ids)
+        predicted = self._predictions.popleft() if self._predictions and n_seqs else (0, math.nan)
+        if not n_seqs:
+            return
+        self.tracker.update(outcome.ids, outcome.verified, outcome.accepted)
+        if outcome.matched is not None:
+            self.matches.update(outcome.matched, n_seqs)
+        if not (math.isfinite(outcome.ms) and outcome.ms > 0):
+            self.counters["invalid"] += 1
+            return
+        # The price is in the cost model's own milliseconds: a model that is off by a factor then still ranks lengths alike.
+        n_prefill = 0 if self.prefill == "included" else outcome.n_prefill
+        believed = float(self.cost.target(outcome.n_ctx, outcome.n_batched - n_prefill, n_seqs))
+        believed += self.cost.draft(outcome.n_ctx, n_seqs, outcome.draft_len)
+        if math.isfinite(believed) and believed > 0:
+            keep = math.exp(-believed / self.window_ms)
+            self._tokens = keep * self._tokens + outcome.generated
+            self._ms = keep * self._ms + believed
+            self._quiet_ms += believed
+        if self.guard is not None:
+            own = float(self.cost.target(outcome.n_ctx, outcome.n_batched, n_seqs)) - float(
+                self.cost.target(outcome.n_ctx, outcome.n_batched - outcome.n_prefill, n_seqs)
+            )
+            net = max(outcome.ms - own, 0.05 * outcome.ms) if math.isfinite(own) else outcome.ms
+            self.guard.observe(n_seqs, outcome.draft_len, outcome.generated, net, predicted[1])
+
+    def forget(self, name: Hashable) -> None:
+        """A request has finished."""
+        self.tracker.forget(name)
+
+    @property
+    def probes(self) -> int:
+        """Steps that only refreshed the estimate."""
+        return self.counters["probe"]
+
+
+def paper_controller(
+    cost: CostModel, max_draft_len: int = 8, *, as_released: bool = False, seed: int = 0
+) -> GoodputController:
+    """The published settings: ratio, prefill counted in, global moving average, search stopped at the first decrease.
+
+    as_released: also what the authors' fork adds: a decision every 20 steps, and speculation must promise 10 % more.
+    """
+    return GoodputController(
+        cost,
+        max_draft_len,
+        objective="ratio",
+        prefill="included",
+        verify="uniform",
+        min_gain=0.1 if as_released else 0.0,
+        interval=20 if as_released else 1,
+        probe_every=0,
+        stop_early=True,
+        tracker=AcceptanceTracker("ema", per_request=False),
+        seed=seed,
+    )
