@@ -210,7 +210,7 @@ def calls_bounds(strategy: str, policy: str, total: int, rules: Rules, images: S
 
     The first stage is run once as far as the last switch step, the second from every probed one. Equal for "sweep".
     """
-    low, high, first = rules.bounds(total)
+    low, high, _ = rules.bounds(total)
     everything = list(range(low, high + 1))
     if strategy == "sweep":
         exact = sum(images) * (high + sum(total - k for k in everything))

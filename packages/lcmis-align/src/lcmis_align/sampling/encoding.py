@@ -38,7 +38,8 @@ def encodings(pipe: Any) -> Iterator[None]:
 
 
 def _remembering(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature, memory = inspect.signature(original), {}
+    signature = inspect.signature(original)
+    memory: dict[tuple[Any, ...], Any] = {}
 
     @functools.wraps(original)
     def encode(*args: Any, **kwargs: Any) -> Any:

@@ -242,7 +242,7 @@ def _blend(answers: list[torch.Tensor], weights: Weights) -> Callable[[torch.Ten
     """What turns the last text's answer into the weighted sum of all; None where there is one text."""
     if not answers:
         return None
-    return lambda last: sum(a * weight for a, (_, weight) in zip([*answers, last], weights, strict=True))  # type: ignore[return-value]
+    return lambda last: sum(a * weight for a, (_, weight) in zip([*answers, last], weights, strict=True))
 
 
 def _states(generators: Sequence[torch.Generator]) -> tuple[torch.Tensor, ...]:

@@ -38,8 +38,7 @@ class Stretch:
 
     def scheduler(self, original: Any) -> Any:
         """A scheduler of the class of `original`, confined to this stretch. `original` is left alone."""
-        kind = _confined(type(original))
-        confined = object.__new__(kind)
+        confined: Any = object.__new__(_confined(type(original)))
         vars(confined).update(scheduler_state(original) if self.state is None else self.state_copy())
         vars(confined)["_stretch"] = self
         if self.state is not None:
@@ -61,19 +60,19 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def _confined(base: type) -> type:
+def _confined(base: Any) -> Any:
     """The class of `base`'s schedulers that are confined to a stretch."""
 
     # Pipelines read the signatures of these two to know what they may pass; `wraps` keeps them readable.
-    @functools.wraps(base.set_timesteps)  # type: ignore[attr-defined]
+    @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         stretch = self._stretch
         if stretch.state is None:
-            base.set_timesteps(self, *args, **kwargs)  # type: ignore[attr-defined]
+            base.set_timesteps(self, *args, **kwargs)
             stretch.timesteps = self.timesteps
         self.timesteps = stretch.timesteps[stretch.start : stretch.stop]
 
-    @functools.wraps(base.step)  # type: ignore[attr-defined]
+    @functools.wraps(base.step)
     def step(self: Any, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kw: Any) -> Any:
         stretch = self._stretch
         self.timesteps = stretch.timesteps
@@ -82,7 +81,7 @@ def _confined(base: type) -> type:
         stretch.done += 1
         if model_output is None:
             return SchedulerOutput(prev_sample=sample) if kw.get("return_dict", True) else (sample,)
-        result = base.step(self, model_output, timestep, sample, *args, **kw)  # type: ignore[attr-defined]
+        result = base.step(self, model_output, timestep, sample, *args, **kw)
         if stretch.keep is not None:
             stretch.keep(stretch.done, result[0], self)
         return result
@@ -91,9 +90,8 @@ def _confined(base: type) -> type:
         # Latents that come from a snapshot are scaled already.
         if self._stretch.state is not None:
             return 1.0
-        return (
-            vars(self)["init_noise_sigma"] if "init_noise_sigma" in vars(self) else super(kind, self).init_noise_sigma
-        )
+        # A property of some schedulers' classes, an attribute of others' instances, which this property hides.
+        return vars(self)["init_noise_sigma"] if "init_noise_sigma" in vars(self) else base.init_noise_sigma.fget(self)
 
     members = {
         "set_timesteps": set_timesteps,
@@ -101,5 +99,4 @@ def _confined(base: type) -> type:
         "init_noise_sigma": property(init_noise_sigma),
         "__module__": base.__module__,
     }
-    kind = type(base.__name__, (base,), members)
-    return kind
+    return type(base.__name__, (base,), members)

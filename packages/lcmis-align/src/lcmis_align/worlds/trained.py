@@ -55,7 +55,7 @@ def _templates() -> torch.Tensor:
         ax + ay < 7.1,
         (np.abs(x - y) < 3.1) & (ax < 6.6) & (ay < 6.6),
     ]
-    images = np.full((len(SHAPES), len(COLOURS), len(SHIFTS), 3, SIZE, SIZE), -0.8, dtype=np.float32)
+    images: Any = np.full((len(SHAPES), len(COLOURS), len(SHIFTS), 3, SIZE, SIZE), -0.8, dtype=np.float32)
     for s, mask in enumerate(masks):
         for c, colour in enumerate(COLOURS.values()):
             image = np.where(mask, 0.4, -0.8)[None].repeat(3, 0)
