@@ -38,7 +38,8 @@ class Stretch:
 
     def scheduler(self, original: Any) -> Any:
         """A scheduler of the class of `original`, confined to this stretch. `original` is left alone."""
-        confined: Any = object.__new__(_confined(type(original)))
+        kind: Any = type(original)
+        confined: Any = object.__new__(_confined(kind))
         vars(confined).update(scheduler_state(original) if self.state is None else self.state_copy())
         vars(confined)["_stretch"] = self
         if self.state is not None:

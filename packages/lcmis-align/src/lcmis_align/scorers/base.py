@@ -1,10 +1,12 @@
 """The scorer protocol, scorers around a function, and the score of a concept."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
+from tenfold_shared.errors import UserError
 
 from lcmis_align.concepts import Concept
 from lcmis_align.errors import ScorerError
@@ -73,3 +75,16 @@ def concept_scores(scorer: Scorer, images: list[Image.Image], concepts: list[Con
         columns.append(mine[:, mine.mean(0).argmax()])
         at += len(concept.texts)
     return torch.stack(columns, dim=1)
+
+
+def load_processor(name: str | Path) -> Any:
+    """`AutoProcessor.from_pretrained(name)` of a folder or a hub id. Raises UserError when it cannot be loaded."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(str(name))
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"no processor could be loaded from '{name}' ({reason})", hint="save it beside the model"
+        ) from error

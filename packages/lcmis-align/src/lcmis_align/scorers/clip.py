@@ -29,15 +29,17 @@ class CLIPScorer:
         self._setup(embed_images, embed_texts, prefix, weight, batch_size)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> "CLIPScorer":
+    def from_pretrained(cls, name: str | Path, *, device: str = "cpu", **kwargs: Any) -> "CLIPScorer":
         """From a hub id or a folder, such as openai/clip-vit-base-patch32.
 
         Raises UserError when it is neither.
         """
         from tenfold_shared.hub import load_model
-        from transformers import AutoProcessor, CLIPModel
+        from transformers import CLIPModel
 
-        return cls(load_model(CLIPModel, name).eval(), load_model(AutoProcessor, name), **kwargs)
+        from lcmis_align.scorers.base import load_processor
+
+        return cls(load_model(CLIPModel, name).eval().to(device), load_processor(name), **kwargs)
 
     @classmethod
     def from_open_clip(

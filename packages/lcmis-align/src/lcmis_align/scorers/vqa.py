@@ -26,15 +26,17 @@ class VQAScorer:
             raise ScorerError("the model's tokenizer has no single token for 'yes'")
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> "VQAScorer":
+    def from_pretrained(cls, name: str | Path, *, device: str = "cpu", **kwargs: Any) -> "VQAScorer":
         """From a hub id or a folder, such as Qwen/Qwen2.5-VL-3B-Instruct.
 
         Raises UserError when it is neither.
         """
         from tenfold_shared.hub import load_model
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
-        return cls(load_model(AutoModelForImageTextToText, name).eval(), load_model(AutoProcessor, name), **kwargs)
+        from lcmis_align.scorers.base import load_processor
+
+        return cls(load_model(AutoModelForImageTextToText, name).eval().to(device), load_processor(name), **kwargs)
 
     def _text(self, concept: str) -> str:
         question = self.question.format(concept=concept)
