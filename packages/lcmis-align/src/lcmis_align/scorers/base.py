@@ -27,8 +27,9 @@ class CallableScorer:
 
     def score(self, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
         """(images, texts). Raises ScorerError when the function returns no numbers."""
+        scores = self.function(images, texts)
         try:
-            return torch.as_tensor(self.function(images, texts), dtype=torch.float32)
+            return torch.as_tensor(scores, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ScorerError(f"scorer returned no array of numbers ({error})") from error
 

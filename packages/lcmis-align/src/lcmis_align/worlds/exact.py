@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from lcmis_align.concepts import Concept, ConceptPlan
-from lcmis_align.worlds.parts import assemble, word_tokenizer
+from lcmis_align.worlds.parts import assemble, named_word, word_tokenizer
 
 SHAPES, TEXTURES = ("circle", "square", "cross"), ("solid", "bars", "checker")
 TONES, CENTRES, SIZE = (0.1, 0.5), ((6.5, 6.5), (6.5, 7.5), (7.5, 6.5), (7.5, 7.5)), 16
@@ -128,7 +128,7 @@ class ExactDenoiser(ModelMixin, ConfigMixin):
 
 def tokenizer() -> Any:
     """Knows the shapes and the textures."""
-    return word_tokenizer(WORDS, 4)
+    return word_tokenizer(WORDS, 8)
 
 
 def scheduler() -> DDIMScheduler:
@@ -152,9 +152,13 @@ def look(images: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def exact_scores(images: list[Image.Image], texts: list[str]) -> torch.Tensor:
-    """The exact judge as a scorer: 1 where the image shows the named shape or texture, else 0."""
+    """The exact judge as a scorer: 1 where the image shows the shape or texture that the text names, else 0.
+
+    Raises ScorerError for a text that names none.
+    """
     shape, texture = look(images)
-    columns = [shape == SHAPES.index(t) if t in SHAPES else texture == TEXTURES.index(t) for t in texts]
+    named = [named_word(text, WORDS) for text in texts]
+    columns = [shape == SHAPES.index(w) if w in SHAPES else texture == TEXTURES.index(w) for w in named]
     return torch.stack(columns, dim=1).float()
 
 

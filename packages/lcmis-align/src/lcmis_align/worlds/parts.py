@@ -13,6 +13,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from lcmis_align.errors import ScorerError
+
 
 class IdentityVAE(ModelMixin, ConfigMixin):
     """Latents are pixels: `decode` returns what it is given."""
@@ -41,6 +43,14 @@ def word_tokenizer(words: Sequence[str], length: int) -> PreTrainedTokenizerFast
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<begin>", eos_token="<end>", unk_token="<unknown>",
         model_max_length=length,
     )  # fmt: skip
+
+
+def named_word(text: str, words: Sequence[str]) -> str:
+    """The first of `words` in `text`. Raises ScorerError when there is none."""
+    for word in text.lower().split():
+        if word in words:
+            return word
+    raise ScorerError(f"this world's judge knows nothing of {text!r}", hint=f"it knows {', '.join(words)}")
 
 
 def assemble(

@@ -29,7 +29,7 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lcmis_align.concepts import Concept, ConceptPlan
-from lcmis_align.worlds.parts import assemble, word_tokenizer
+from lcmis_align.worlds.parts import assemble, named_word, word_tokenizer
 
 SHAPES = ("column", "beam", "cross", "square", "diamond", "slash")
 COLOURS = {
@@ -325,11 +325,13 @@ def look(images: list[Image.Image]) -> Seen:
 
 
 def exact_scores(images: list[Image.Image], texts: list[str]) -> torch.Tensor:
-    """The exact judge as a scorer: 1 where the image shows the shape or colour named by the text, else 0."""
+    """The exact judge as a scorer: 1 where the image shows the shape or colour that the text names, else 0.
+
+    Raises ScorerError for a text that names none.
+    """
     seen, colours = look(images), list(COLOURS)
-    columns = [
-        (seen.shape == SHAPES.index(text)) if text in SHAPES else (seen.colour == colours.index(text)) for text in texts
-    ]
+    named = [named_word(text, (*SHAPES, *COLOURS)) for text in texts]
+    columns = [seen.shape == SHAPES.index(w) if w in SHAPES else seen.colour == colours.index(w) for w in named]
     return torch.stack(columns, dim=1).float()
 
 
