@@ -196,3 +196,14 @@ def pipelines():
 @pytest.fixture(scope="session")
 def refiner():
     return tiny_refiner()
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer():
+    """A tokenizer of whole words with a chat template."""
+    tokenizer = word_tokenizer(["user", "assistant", *WORDS], 4096)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    return tokenizer

@@ -32,7 +32,8 @@ def wilson(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[f
         raise UserError(f"{successes} of {trials}, expected 0..n of n >= 1")
     p, z2 = successes / trials, z * z / trials
     half = z * math.sqrt(p * (1 - p) / trials + z2 / trials / 4)
-    return max(0.0, (p + z2 / 2 - half) / (1 + z2)), min(1.0, (p + z2 / 2 + half) / (1 + z2))
+    low, high = (p + z2 / 2 - half) / (1 + z2), (p + z2 / 2 + half) / (1 + z2)
+    return 0.0 if successes == 0 else low, 1.0 if successes == trials else high  # exact where rounding is not
 
 
 @dataclass

@@ -32,7 +32,10 @@ class AnswerCache:
         self.path = None if path is None else Path(path)
         self._known: dict[tuple[str, str, str], Any] = {}
         if self.path is not None and self.path.exists():
-            for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+            text = self.path.read_text(encoding="utf-8")
+            if text and not text.endswith("\n"):  # else the next answer would go on the half line
+                self.path.write_text(text + "\n", encoding="utf-8")
+            for number, line in enumerate(text.splitlines(), 1):
                 try:
                     record = json.loads(line)
                     self._known[record["role"], record["prompt"], record["model"]] = record["answer"]

@@ -51,7 +51,9 @@ def _pairs(answer: dict[str, Any], fields: dict[str, Any]) -> list[ConceptPair]:
 
 
 def _latent(answer: dict[str, Any], fields: dict[str, Any]) -> str | None:
-    return None if answer.get("latent") is None else _text(answer, "latent")
+    if "latent" not in answer:
+        raise ValueError('"latent" is missing')
+    return None if answer["latent"] is None else _text(answer, "latent")
 
 
 SPLIT = Role(
