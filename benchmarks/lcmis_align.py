@@ -39,7 +39,7 @@ PAPER = "2408.00230"
 FIGURES = Path(__file__).resolve().parent / "results" / "lcmis-align"
 OFFICIAL = (".95/.03/.02", ".975/.02/.005")
 SHAPES = ("square", "cross")
-IMAGES, OTHER_IMAGES = 120, 60
+IMAGES, OTHER_IMAGES = 100, 50
 """Images of each prompt and seed in the exact world: the world whose bars are stated, and its variations."""
 TRAIN_IMAGES, HELD_OUT, EXCITED = 6, 4, 2
 """Images of each prompt in the trained world: for sweeps and searches, for comparisons, for Attend-and-Excite."""
