@@ -1,6 +1,10 @@
 """The two worlds: what is planted, that the judge sees it, that the recipe trains, and the demo."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +12,7 @@ import torch
 from lcmis_align import ScorerError, demo, testbed
 from lcmis_align.worlds import exact, trained
 from PIL import Image
+from safetensors.torch import load_file
 from tenfold_shared.errors import UserError
 
 
@@ -92,6 +97,33 @@ def test_training_is_the_same_twice_and_after_a_stop(tmp_path, monkeypatch):
     resumed = trained.train(tmp_path / "part.safetensors", seed=3, steps=8, every=4, resume=True)
     assert resumed.read_bytes() == whole.read_bytes()
     assert not (tmp_path / "part.checkpoint").exists()
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    alone = trained.train(tmp_path / "alone" / "trained-0.safetensors", seed=0, steps=3)
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    command = [
+        *launch,
+        str(Path(sys.executable).parent / "lcmis-align"),
+        "train",
+        "--steps",
+        "3",
+        "--output",
+        str(tmp_path / "both"),
+    ]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    ours, theirs = load_file(alone), load_file(tmp_path / "both" / "trained-0.safetensors")
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name].float(), value.float(), atol=1e-3, rtol=1e-2)
 
 
 def test_training_learns():
