@@ -60,7 +60,7 @@ def emit(result: Table | dict[str, Any], as_json: bool = False) -> None:
         result = Table("", ["", "value"], list(result.items()))
     # Left to itself rich cuts columns to 80 characters when stdout is a pipe.
     out = Console(width=None if sys.stdout.isatty() else 160)
-    table = RichTable(title=result.title or None, title_justify="left", show_header=any(result.columns))
+    table = RichTable(title=escape(result.title) or None, title_justify="left", show_header=any(result.columns))
     for i, column in enumerate(result.columns):
         numeric = all(isinstance(row[i], int | float) for row in result.rows)
         table.add_column(column, justify="right" if numeric and result.rows else "left", overflow="fold")
