@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import base, functional
+from spikingjelly.activation_based import base
 from tenfold_shared.errors import UserError
 from torch import Tensor, nn
 
@@ -59,6 +59,12 @@ class Clock:
     """Of this step: for each site and call, (B,) whether a sample's neurons fired."""
     counts: list[Tensor] = field(default_factory=list)
     """Of this step: for each site and call, (neurons that fired, sum of |o|, sum of o)."""
+    opened: int = 0
+    """Calls met so far in the first step, which gives them their order."""
+    held: bool = False
+    """No neuron fires: a forward only to see what is connected to what."""
+    keep_v: bool = False
+    """Keep membranes in drive form too, for event steps that may follow."""
     keep_trains: str | None = None
     """Pattern of sites whose spike trains are kept."""
 
@@ -70,6 +76,8 @@ class Call:
     acc: Tensor
     v: Tensor
     stage: int
+    order: int
+    """Place among all calls of a forward."""
     fresh: bool
     """Its start value has not been sent yet (event form)."""
     train: list[Tensor] = field(default_factory=list)
@@ -122,7 +130,8 @@ class NeuronSite(STBIFPlusNode):
                     f"{self.path}: the warm start has shape {tuple(self.start[index].shape)}, the input {tuple(x.shape)}",
                     hint="warm-start with inputs of the same size",
                 ) from error
-        self.calls.append(Call(acc, 0.5 - acc, max(clock.stage, 0), fresh=True))
+        self.calls.append(Call(acc, 0.5 - acc, max(clock.stage, 0), clock.opened, fresh=True))
+        clock.opened += 1
 
     def _fits(self, x: Tensor, call: Call) -> None:
         if call.acc.shape != x.shape or call.acc.dtype != x.dtype:
@@ -134,7 +143,7 @@ class NeuronSite(STBIFPlusNode):
 
     def _advance(self, x: Tensor, call: Call, t: int) -> Tensor:
         clock, theta = self.clock, self.threshold(x)
-        waiting = t < clock.delay * call.stage
+        waiting = clock.held or t < clock.delay * call.stage
         before = call.acc
         limits: dict[str, Any] = {"theta": theta, "lo": self.lo, "hi": self.hi, "burst": clock.burst}
         if clock.form == "event":
@@ -213,8 +222,7 @@ class SpikingModel(nn.Module):
         self.qann, self.engine, self.resync = qann, engine, resync
         # Weights are shared with the QANN; thresholds are the neurons' own.
         self.model = copy.deepcopy(qann, {id(p): p for n, p in qann.named_parameters() if not n.endswith(".s")})
-        self.clock = Clock(form=engine)
-        self.clock.keep_v = engine == "event"
+        self.clock = Clock(form=engine, keep_v=engine == "event")
         self._place_neurons()
         self.constants: dict[str, Tensor] = {}
         if engine == "event":
@@ -253,7 +261,7 @@ class SpikingModel(nn.Module):
             if isinstance(module, base.MemoryModule):
                 module.reset()
         clock = self.clock
-        clock.t, clock.stage, clock.form = 0, -1, self.engine
+        clock.t, clock.stage, clock.opened, clock.form = 0, -1, 0, self.engine
         self._logits, self._last_input, self._stale = None, None, False
 
     def set_schedule(self, *, delay: int) -> None:
@@ -328,6 +336,11 @@ class SpikingModel(nn.Module):
             with forbid(self.model, _NONLINEAR, ConversionError, message, allowed=(ops.SpikeOperator, NeuronSite)):
                 out = _call(self.model, inputs, zeros)
             self._guarded = True
+            if shared := next((site for site in self.sites if len(site.calls) > 1), None):
+                raise ConversionError(
+                    f"{shared.path} is called {len(shared.calls)} times a step; operators on increments keep one state",
+                    hint="use engine='drive' for models with shared layers",
+                )
         out = logits_of(out)
         return out if self._logits is None else self._logits + out
 

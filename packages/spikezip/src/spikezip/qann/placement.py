@@ -35,8 +35,8 @@ class QuantConfig:
     activation: "keep", or "relu" to replace the MLP's activation as the paper does. per_channel: one step for each channel
     of LayerNorm and MLP outputs (attention's stay one a tensor). skip: patterns of module paths to leave alone.
     bounds: pattern of a quantiser's path to its own (lo, hi), for example {"*.act.1": (-3, 12)} after a GELU.
-    layer_norms: False leaves LayerNorm outputs as they are, as the official language branch does.
-    context_symmetric: False clips negative context values, as that branch does.
+    placement: "default", or "official-roberta" for checkpoints of the official language branch: LayerNorm outputs as they are,
+    an unsigned quantiser before every activation, and an unsigned one for the context, which clips negative values.
 
     Raises UserError for a value outside its range.
     """
@@ -48,8 +48,7 @@ class QuantConfig:
     per_channel: bool = False
     skip: Sequence[str] = ()
     bounds: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    layer_norms: bool = True
-    context_symmetric: bool = True
+    placement: str = "default"
 
     def __post_init__(self) -> None:
         bounds(self.levels, False)
@@ -58,6 +57,8 @@ class QuantConfig:
             raise UserError(f"symmetric is {self.symmetric!r}, expected 'auto', True or False")
         if self.activation not in ("keep", "relu"):
             raise UserError(f"activation is {self.activation!r}, expected 'keep' or 'relu'")
+        if self.placement not in ("default", "official-roberta"):
+            raise UserError(f"placement is {self.placement!r}, expected 'default' or 'official-roberta'")
         for pattern, pair in self.bounds.items():
             if len(pair) != 2 or not pair[0] <= 0 < pair[1]:
                 raise UserError(f"bounds of {pattern} are {tuple(pair)}, expected (lo, hi) with lo <= 0 < hi")
@@ -107,7 +108,7 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, inplace: bo
     model = (model if inplace else copy.deepcopy(model)).eval()
     model.spike_origin = describe(model)  # type: ignore[assignment]
     is_transformers = hasattr(getattr(model, "config", None), "_attn_implementation")
-    place = _Placement(config)
+    place = _Placement(config, getattr(getattr(model, "config", None), "hidden_act", None))
     place.walk(model, "", is_transformers)
     if place.cores and is_transformers:
         register_with_transformers()
@@ -134,9 +135,10 @@ def _use_interface(model: nn.Module) -> None:
 class _Placement:
     """One walk over a model's tree."""
 
-    def __init__(self, config: QuantConfig):
-        self.config = config
+    def __init__(self, config: QuantConfig, hidden_act: str | None):
+        self.config, self.hidden_act = config, hidden_act
         self.attn_levels = config.attn_levels or config.levels
+        self.official = config.placement == "official-roberta"
         self.cores = 0
 
     def walk(self, module: nn.Module, path: str, is_transformers: bool) -> None:
@@ -156,14 +158,17 @@ class _Placement:
         if (own := self.attention(module, path)) is not None:
             return own
         if is_transformers and _has_projections(module):
-            core = AttentionCore(self.attn_levels, context_symmetric=config.context_symmetric)
+            core = AttentionCore(self.attn_levels, context_symmetric=not self.official)
             module.add_module("spike_core", core)
             self.cores += 1
             return None
         if kind in ("RobertaClassificationHead", "ElectraClassificationHead"):
             act = nn.Tanh() if kind.startswith("Roberta") else nn.GELU()
+            if self.official:
+                # The official branch patched the head: its activation is the model's own.
+                act = nn.ReLU() if self.hidden_act == "relu" else nn.GELU()
             return ClassificationHead(module, self.activation(act, keep=True))
-        if isinstance(module, nn.LayerNorm) and config.layer_norms:
+        if isinstance(module, nn.LayerNorm) and not self.official:
             return Quantized(module, self.quantizer(True, module.normalized_shape[-1]))
         if isinstance(module, nn.Conv2d) and path.endswith(PATCH_CONVOLUTIONS):
             return Quantized(module, self.quantizer(True, module.out_channels, axis=1))
@@ -202,6 +207,8 @@ class _Placement:
     def activation(self, module: nn.Module, keep: bool = False) -> nn.Module:
         if self.config.activation == "relu" and not keep:
             module = nn.ReLU()
+        if self.official:
+            return Quantized(self.quantizer(False), module)
         auto = self.config.symmetric == "auto"
         if isinstance(module, nn.ReLU):
             return Quantized(self.quantizer(False if auto else bool(self.config.symmetric)), nn.ReLU())
