@@ -91,6 +91,8 @@ class NeuronSite(STBIFPlusNode):
         site = cls.from_quantizer(quantizer, name=name)
         site.path, site.clock, site.parallel = name, clock, quantizer.parallel
         site.calls, site.start, site.called = [], [], 0
+        # Tracers handed in and out by an exported step, which has no memory.
+        site.explicit = None
         return site  # type: ignore[return-value]
 
     def reset(self) -> None:
@@ -105,6 +107,11 @@ class NeuronSite(STBIFPlusNode):
     def forward(self, x: Tensor) -> Tensor:
         clock, index = self.clock, self.called
         self.called += 1
+        if self.explicit is not None:
+            acc = self.explicit[index] = drive_step(
+                x, self.explicit[index], theta=self.threshold(x), lo=self.lo, hi=self.hi, burst=clock.burst
+            )
+            return acc * self.threshold(x)
         if index == len(self.calls):
             self._open(x, index)
         call = self.calls[index]

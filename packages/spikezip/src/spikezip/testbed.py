@@ -200,3 +200,47 @@ def sentiment_roberta(vocabulary: int, seed: int = 0) -> nn.Module:
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return RobertaForSequenceClassification(config)
+
+
+@torch.no_grad()
+def count_by_hand(qann: nn.Module, inputs: Any, *, steps: int) -> int:
+    """Accumulations of a run in event form, every single event followed to every output it reaches; slow and obvious.
+
+    The yardstick for `spikezip.energy`: float64 increments, no formula for a fan-out.
+    """
+    from spikezip.engine import convert
+    from spikezip.ops import SpikeLinear, SpikeMatmul
+
+    snn = convert(qann, engine="event", dtype=torch.float64, resync=False)
+    spiking = _spike_fed(snn)
+    total = 0
+
+    def follow(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal total
+            if isinstance(module, SpikeMatmul):
+                a, b = (args[i].reshape(-1, *args[i].shape[-2:]) for i in (0, 1))
+                for x, y in zip(a, b, strict=True):
+                    # Row i of x meets each column of y; column j of y meets each row of x.
+                    total += sum(int((row != 0).sum()) for row in x for _ in range(y.shape[1]))
+                    total += sum(int((column != 0).sum()) for column in y.T for _ in range(x.shape[0]))
+            elif name in spiking:
+                for event in args[0].reshape(-1):
+                    total += len(module.weight) if event != 0 else 0  # type: ignore[arg-type]
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(follow(name))
+        for name, module in snn.model.named_modules()
+        if isinstance(module, SpikeMatmul) or (isinstance(module, SpikeLinear) and isinstance(module.source, nn.Linear))
+    ]
+    snn.run(inputs, max_steps=steps, stop="none")
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def _spike_fed(snn: Any) -> set[str]:
+    """Linear operators of the testbed's ViT whose input is a spike train: all of them."""
+    return {name for name, _ in snn.model.named_modules() if name.endswith(("qkv", "proj", "fc1", "fc2.0", "head"))}
