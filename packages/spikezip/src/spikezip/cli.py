@@ -43,6 +43,35 @@ Delay = Annotated[int, typer.Option(help="Steps by which each stage starts after
 Burst = Annotated[int, typer.Option(help="Unit spikes a neuron may send in a step; 1 is the paper's.", min=1)]
 
 
+def _data(name: str, seed: int) -> Any:
+    """The testbed's digits or sentences, or the samples of a file."""
+    from spikezip import testbed, workbench
+
+    if name == "digits":
+        images = testbed.digits(seed)
+        return workbench.Samples(images.train, images.train_labels, images.test, images.test_labels)
+    if name == "sentiment":
+        text = testbed.sentiment(seed)
+        return workbench.Samples(*workbench.split_labels(text.train), *workbench.split_labels(text.test))
+    return workbench.dataset(name)
+
+
+def _model(name: str, seed: int, epochs: int) -> Any:
+    """The testbed's networks, trained on the spot, or a model by name."""
+    from spikezip import testbed, workbench
+
+    if name == "digits":
+        images = testbed.digits(seed)
+        model = testbed.digits_vit(seed)
+        return testbed.train(model, images.loader(seed=seed), epochs=epochs, augment=testbed.roll, seed=seed)
+    if name == "sentiment":
+        text = testbed.sentiment(seed)
+        return testbed.train(
+            testbed.sentiment_roberta(text.vocabulary, seed), text.loader(seed=seed), epochs=epochs, seed=seed
+        )
+    return workbench.plain_model(name)
+
+
 @app.command(epilog="Example: spikezip demo --output out --seed 0")
 def demo(output: Output = Path("out"), seed: Seed = 0, json: Json = False, config: Config = None) -> None:
     """Train, quantise, convert and run a small ViT on digits, offline; ends in two pictures and a table."""
@@ -62,7 +91,7 @@ def quantize(
     activation: Annotated[str, typer.Option(help="keep, or relu as in the paper.")] = "keep",
     per_channel: Annotated[bool, typer.Option("--per-channel", help="One step for each channel.")] = False,
     skip: Annotated[list[str] | None, typer.Option(help="Pattern of module paths to leave alone.")] = None,
-    epochs: Annotated[int, typer.Option(help="Training of digits and sentiment.", min=1)] = 30,
+    epochs: Annotated[int, typer.Option(help="Training of digits and sentiment.", min=1)] = 20,
     seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,
@@ -76,7 +105,7 @@ def quantize(
     settings = QuantConfig(
         levels=levels, attn_levels=attn_levels, activation=activation, per_channel=per_channel, skip=tuple(skip or ())
     )
-    plain = bench.plain_model(model, seed=seed, epochs=epochs)
+    plain = _model(model, seed, epochs)
     qann = bench.quantized(plain, settings, output)
     emit({"quantisers": len(quantizers(qann)), "folder": str(output)}, json)
 
@@ -95,7 +124,7 @@ def calibrate(
     """Set every step from data, and report what each quantiser clips; the folder is written anew."""
     from spikezip import workbench as bench
 
-    report = bench.calibrated(folder, bench.dataset(data, seed).head(samples), method=method, device=device)
+    report = bench.calibrated(folder, _data(data, seed).head(samples), method=method, device=device)
     rows = [[c.name, f"[{c.lo}, {c.hi}]", c.step, 100 * c.clipped, c.error] for c in report]
     emit(Table(f"Calibration by {method}", ["quantiser", "bounds", "step", "clipped, %", "relative error"], rows), json)
 
@@ -120,7 +149,7 @@ def train(
     from spikezip import workbench as bench
 
     history = bench.trained(
-        folder, bench.dataset(data, seed).head(samples), epochs=epochs, lr=lr, temperature=temperature, loss=loss,
+        folder, _data(data, seed).head(samples), epochs=epochs, lr=lr, temperature=temperature, loss=loss,
         batch=batch, resume=resume, seed=seed, device=device,
     )  # fmt: skip
     emit(Table("Quantisation-aware training", ["epoch", "mean loss"], [[i + 1, x] for i, x in enumerate(history)]), json)
@@ -166,7 +195,7 @@ def evaluate(
     from spikezip import workbench as bench
 
     rows, exact = bench.evaluated(
-        folder, bench.dataset(data, seed).test(samples), at=at or [4, 8, 16, 32], max_steps=max_steps, device=device
+        folder, _data(data, seed).test(samples), at=at or [4, 8, 16, 32], max_steps=max_steps, device=device
     )
     emit(Table("Accuracy against time-steps", ["network", "steps", "accuracy, %", "agreement with the QANN, %"], rows), json)
     console.print(str(exact), soft_wrap=True)
@@ -189,7 +218,7 @@ def energy(
     from spikezip import workbench as bench
 
     rows, notes = bench.priced(
-        folder, bench.dataset(data, seed).test(samples), max_steps=max_steps, delay=delay, burst=burst, device=device
+        folder, _data(data, seed).test(samples), max_steps=max_steps, delay=delay, burst=burst, device=device
     )
     emit(Table("Cost of a sample", ["what is counted", "ANN fp32", "QANN int8", "SNN"], rows), json)
     for note in notes:
@@ -213,7 +242,7 @@ def stats(
 
     from spikezip import workbench as bench
 
-    result = bench.network(folder, device).run(bench.dataset(data, seed).test(samples).inputs, max_steps=max_steps)
+    result = bench.network(folder, device).run(_data(data, seed).test(samples).inputs, max_steps=max_steps)
     rows = result.spikes.rows()
     emit(Table("Spikes", list(rows[0]), [list(row.values()) for row in rows]), json)
     if csv is not None:
@@ -244,7 +273,7 @@ def inspect(
         emit(Table("Quantisers", columns, bench.quantiser_map(folder)), json)
         return
     exact = bench.compared(
-        folder, bench.dataset(data, seed).test(samples), engine=engine, resync=resync, max_steps=max_steps, device=device
+        folder, _data(data, seed).test(samples), engine=engine, resync=resync, max_steps=max_steps, device=device
     )
     emit(Table("Integers that differ from the QANN", ["layer", "mismatches"], list(exact.layers.items())), json)
     console.print(str(exact), soft_wrap=True)
@@ -287,7 +316,7 @@ def export(
     """Write a network as ONNX or NIR."""
     from spikezip import workbench as bench
 
-    bench.exported(folder, bench.dataset(data, seed).test(samples), to=to, format=format)
+    bench.exported(folder, _data(data, seed).test(samples), to=to, format=format)
     emit({"format": format, "file": str(to), "bytes": to.stat().st_size}, json)
 
 

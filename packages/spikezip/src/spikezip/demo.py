@@ -10,7 +10,7 @@ from tenfold_shared.cli import Table, console, write_summary
 from spikezip import testbed
 
 
-def run(output: Path, *, seed: int = 0, levels: int = 16, epochs: int = 30, fine_tuning: int = 6) -> Table:
+def run(output: Path, *, seed: int = 0, levels: int = 16, epochs: int = 20, fine_tuning: int = 4) -> Table:
     """Train, quantise, fine-tune, convert and compare; writes `accuracy.png`, `raster.png`, `summary.json` into output."""
     from spikezip import QATTrainer, QuantConfig, calibrate, compare, convert, quantize
     from spikezip.energy import measure

@@ -32,7 +32,8 @@ class DriveStep(nn.Module):
         snn.reset()
         with torch.no_grad():
             snn(inputs)
-        self.snn, self.sites = snn, snn.sites
+        self.snn, self.sites = snn.eval(), snn.sites
+        self.eval()
         self.names = list(inputs) if isinstance(inputs, dict) else None
         self.inputs = tuple(inputs.values()) if isinstance(inputs, dict) else (inputs,)
         self.tracers = tuple(torch.zeros_like(call.acc) for site in self.sites for call in site.calls)
@@ -123,7 +124,17 @@ def export_nir(snn: SpikingModel, path: str | Path, *, input_shape: tuple[int, .
 
 def _chain(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The leaves, in the order of registration, which in a chain is that of the forward."""
-    return [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    found: list[tuple[str, nn.Module]] = []
+
+    def walk(module: nn.Module, path: str) -> None:
+        if isinstance(module, NeuronSite) or not list(module.children()):
+            found.append((path, module))
+            return
+        for name, child in module.named_children():
+            walk(child, f"{path}.{name}" if path else name)
+
+    walk(model, "")
+    return found
 
 
 def _after_unsigned(nodes: dict[str, Any]) -> bool:

@@ -57,22 +57,14 @@ def _first(inputs: Any, n: int | None) -> Any:
     return {k: v[:n] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[:n]
 
 
-def dataset(name: str, seed: int) -> Samples:
-    """The testbed's digits or sentences, or a safetensors file.
+def dataset(name: str) -> Samples:
+    """The samples of a safetensors file.
 
-    A file holds `labels` and either `inputs` or the model's own keyword arguments (`pixel_values`, `input_ids`,
+    It holds `labels` and either `inputs` or the model's own keyword arguments (`pixel_values`, `input_ids`,
     `attention_mask`); all of it serves for training and for testing.
 
     Raises UserError when the file is missing, damaged, empty or has no labels.
     """
-    if name in ("digits", "sentiment"):
-        from spikezip import testbed
-
-        if name == "digits":
-            data = testbed.digits(seed)
-            return Samples(data.train, data.train_labels, data.test, data.test_labels)
-        text = testbed.sentiment(seed)
-        return Samples(*_split_labels(text.train), *_split_labels(text.test))
     path = Path(name)
     if not path.is_file():
         raise UserError(f"data '{name}' is neither digits nor sentiment nor a file", hint="pass a safetensors file")
@@ -85,12 +77,12 @@ def dataset(name: str, seed: int) -> Samples:
     sizes = {len(v) for v in tensors.values()}
     if len(sizes) != 1 or 0 in sizes:
         raise UserError(f"the entries of {path} have {sorted(sizes)} samples, expected one number above 0")
-    inputs, labels = _split_labels(tensors)
+    inputs, labels = split_labels(tensors)
     inputs = inputs["inputs"] if "inputs" in inputs else inputs
     return Samples(inputs, labels, inputs, labels)
 
 
-def _split_labels(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+def split_labels(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     return {k: v for k, v in tensors.items() if k != "labels"}, tensors["labels"]
 
 
@@ -107,16 +99,8 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def plain_model(name: str, *, seed: int, epochs: int) -> nn.Module:
-    """A model by name: a testbed's, trained on the spot, timm's, or transformers' from a folder or the hub."""
-    if name in ("digits", "sentiment"):
-        from spikezip import testbed
-
-        if name == "digits":
-            data = testbed.digits(seed)
-            return testbed.train(testbed.digits_vit(seed), data.loader(seed=seed), epochs=epochs, augment=testbed.roll)
-        text = testbed.sentiment(seed)
-        return testbed.train(testbed.sentiment_roberta(text.vocabulary, seed), text.loader(seed=seed), epochs=epochs)
+def plain_model(name: str) -> nn.Module:
+    """A model by name: timm's with `timm:` before it, or transformers' from a folder or the hub."""
     if name.startswith("timm:"):
         import timm
 
