@@ -1,6 +1,6 @@
 """What SpikeZIP-TF claims, measured: exactness, accuracy over time, cost, speed, against spikingjelly's own converters.
 
-    make bench-spikezip
+make bench-spikezip
 """
 
 import functools
@@ -17,11 +17,11 @@ from spikezip import QATTrainer, QuantConfig, calibrate, compare, convert, load_
 from spikezip import engine as engine_module
 from spikezip.energy import measure
 from spikezip.functional import stbif_plus_multi_step
-from spikezip.qann.quantizer import levels as level_of
 from spikingjelly.activation_based import functional as sj
 from spikingjelly.activation_based.ann2snn import Converter, ModuleConverter, SpikeZIPTFQANNRecipe, STATransformerRecipe
 from tenfold_shared.claims import Claim, run_benchmark, source_digest, spread
-from tenfold_shared.figures import OURS, PEERS, save as save_figure, style
+from tenfold_shared.figures import OURS, PEERS, style
+from tenfold_shared.figures import save as save_figure
 from tenfold_shared.timing import compare as time_both
 from torch import Tensor, nn
 
@@ -165,10 +165,21 @@ def families(seeds: list[int]) -> list[Claim]:
     for seed in seeds:
         torch.manual_seed(seed)
         image, colour = torch.randn(3, 1, 8, 8), torch.randn(3, 3, 16, 16)
-        text = {"input_ids": torch.randint(3, 40, (3, 9)), "attention_mask": torch.tensor([[1] * 9, [1] * 5 + [0] * 4] * 2)[:3]}
+        text = {
+            "input_ids": torch.randint(3, 40, (3, 9)),
+            "attention_mask": torch.tensor([[1] * 9, [1] * 5 + [0] * 4] * 2)[:3],
+        }
         pixels = {"pixel_values": image}
         vision_sizes = {**sizes, "image_size": 8, "patch_size": 2, "num_channels": 1}
-        small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depth": 2, "num_heads": 4}
+        small = {
+            "img_size": 8,
+            "patch_size": 2,
+            "in_chans": 1,
+            "num_classes": 10,
+            "embed_dim": 32,
+            "depth": 2,
+            "num_heads": 4,
+        }
         words = {**sizes, "vocab_size": 40, "pad_token_id": 1}
         distil = {"vocab_size": 40, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "initializer_range": 0.15}
         viewer = torchvision.models.VisionTransformer(16, 4, 2, 4, 32, 64, num_classes=5)
@@ -177,10 +188,16 @@ def families(seeds: list[int]) -> list[Claim]:
             "timm ViT": (testbed.digits_vit(seed, act=nn.GELU), image),
             "timm DeiT": (VisionTransformerDistilled(**small), image),
             "torchvision ViT": (viewer, colour),
-            "transformers ViT": (transformers.ViTForImageClassification(transformers.ViTConfig(**vision_sizes)), pixels),
+            "transformers ViT": (
+                transformers.ViTForImageClassification(transformers.ViTConfig(**vision_sizes)),
+                pixels,
+            ),
             "BERT": (transformers.BertForSequenceClassification(transformers.BertConfig(**words)), text),
             "RoBERTa": (transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**words)), text),
-            "DistilBERT": (transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**distil)), text),
+            "DistilBERT": (
+                transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(**distil)),
+                text,
+            ),
         }
         good = taken = 0
         for model, inputs in models.values():
@@ -377,7 +394,13 @@ def _curves(curves: Any, sta: Any, qcfs: Any, ann: list[float], qann: Any) -> No
             mean = torch.tensor(curves[n]).mean(0)[:64]
             shade = {8: "#e39a8e", 16: OURS, 32: "#7d2a1d"}[n]
             axis.plot(range(1, len(mean) + 1), mean, color=shade, lw=width, label=f"SpikeZIP, {n} levels")
-        axis.plot(list(sta), [statistics.fmean(v) for v in sta.values()], "o--", color=PEERS[0], label="spikingjelly STA recipe")
+        axis.plot(
+            list(sta),
+            [statistics.fmean(v) for v in sta.values()],
+            "o--",
+            color=PEERS[0],
+            label="spikingjelly STA recipe",
+        )
         mean = torch.tensor(qcfs).mean(0)
         axis.plot(range(1, len(mean) + 1), mean, color=PEERS[1], label="QCFS, MLP only")
         axis.axhline(statistics.fmean(ann), color=PEERS[6], ls=":", label="ANN")
@@ -510,7 +533,9 @@ def speed(seeds: list[int]) -> list[Claim]:
         def library(x_seq: Tensor = x_seq, theta: Tensor = theta, half: Tensor = half, bounds: Any = bounds) -> Any:
             return sj.stbif_multi_step(x_seq, half, torch.zeros_like(half), theta, *bounds)
 
-        def scan(backend: str, x_seq: Tensor = x_seq, theta: Tensor = theta, half: Tensor = half, state: Any = state) -> Any:
+        def scan(
+            backend: str, x_seq: Tensor = x_seq, theta: Tensor = theta, half: Tensor = half, state: Any = state
+        ) -> Any:
             return stbif_plus_multi_step(x_seq, half, theta=theta, backend=backend, **state)
 
         assert torch.equal(scan("compile")[0] * theta, library()[0]), "the spikes differ"

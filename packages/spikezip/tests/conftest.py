@@ -9,7 +9,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from small_models import IMAGES, calibrated, timm_vit  # noqa: E402
+from small_models import IMAGES, calibrated, timm_vit
 
 
 @pytest.fixture(scope="session")

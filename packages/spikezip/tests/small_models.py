@@ -48,7 +48,13 @@ def transformers_model(name: str, **extra: Any) -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "num_labels": 3}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "num_labels": 3,
+    }
     text = {"vocab_size": 40, "max_position_embeddings": 16, "pad_token_id": 1, **sizes}
     image = {"image_size": 8, "patch_size": 2, "num_channels": 1, **sizes}
     distil = {"vocab_size": 40, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "num_labels": 3}

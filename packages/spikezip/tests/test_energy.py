@@ -13,7 +13,15 @@ def tiny():
 
     torch.manual_seed(0)
     return VisionTransformer(
-        img_size=4, patch_size=2, in_chans=1, num_classes=3, embed_dim=8, depth=1, num_heads=2, mlp_ratio=2, act_layer=nn.ReLU
+        img_size=4,
+        patch_size=2,
+        in_chans=1,
+        num_classes=3,
+        embed_dim=8,
+        depth=1,
+        num_heads=2,
+        mlp_ratio=2,
+        act_layer=nn.ReLU,
     ).eval()
 
 
@@ -57,7 +65,9 @@ def test_convolution_borders():
 
 def test_spikes_and_accumulations_agree_where_each_spike_has_one_reader(small_qann):
     report, result = measure(convert(small_qann), IMAGES)
-    spikes = dict(zip(result.spikes.layers, (result.spikes.positive + result.spikes.negative).sum(0).tolist(), strict=True))
+    spikes = dict(
+        zip(result.spikes.layers, (result.spikes.positive + result.spikes.negative).sum(0).tolist(), strict=True)
+    )
     assert report.ac["blocks.0.attn.qkv"] == spikes["blocks.0.norm1.1"] * 96
     assert report.ac["blocks.0.attn.proj"] == spikes["blocks.0.attn.after_attn_quan"] * 32
     assert report.ac["blocks.1.mlp.fc2.0"] == spikes["blocks.1.mlp.act.0"] * 32
@@ -74,7 +84,9 @@ def test_a_burst_counts_every_unit(small_qann):
     both = (result.spikes.positive + result.spikes.negative).sum(0)
     spikes = dict(zip(result.spikes.layers, both.tolist(), strict=True))
     assert report.ac["blocks.0.attn.qkv"] == spikes["blocks.0.norm1.1"] * 96
-    assert spikes["blocks.0.norm1.1"] > int(result.spikes.moving[:, result.spikes.layers.index("blocks.0.norm1.1")].sum())
+    assert spikes["blocks.0.norm1.1"] > int(
+        result.spikes.moving[:, result.spikes.layers.index("blocks.0.norm1.1")].sum()
+    )
 
 
 def test_a_warm_start_is_not_counted_as_spikes(small_qann):

@@ -82,7 +82,9 @@ def test_encoder_layer_takes_no_fused_path():
         quantizer.lo, quantizer.hi = -(1 << 22), 1 << 22
     with torch.no_grad():
         got, wanted = qann(x, src_key_padding_mask=padding), layer(x, src_key_padding_mask=padding)
-    assert calls and torch.allclose(got[0], wanted[0], atol=2e-3) and torch.allclose(got[1, :3], wanted[1, :3], atol=2e-3)
+    assert (
+        calls and torch.allclose(got[0], wanted[0], atol=2e-3) and torch.allclose(got[1, :3], wanted[1, :3], atol=2e-3)
+    )
 
 
 @pytest.mark.parametrize("make", [timm_vit, torchvision_vit, lambda: transformers_model("DistilBert")])
@@ -166,7 +168,7 @@ def test_cross_attention_is_refused():
     x = torch.randn(3, 1, 8)
     with pytest.raises(QuantizationError, match="cross-attention"):
         attention(x, x + 1, x)
-    with pytest.raises(QuantizationError, match="0: nn.MultiheadAttention with kdim"):
+    with pytest.raises(QuantizationError, match=r"0: nn\.MultiheadAttention with kdim"):
         quantize(nn.Sequential(nn.MultiheadAttention(8, 2, kdim=4, vdim=4)))
 
 

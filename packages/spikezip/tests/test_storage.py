@@ -93,7 +93,9 @@ def test_official_vit_layout_matches_a_network_built_by_hand(tmp_path):
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
-    hand = VisionTransformer(**SMALL, num_classes=7, act_layer=nn.ReLU, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6))
+    hand = VisionTransformer(
+        **SMALL, num_classes=7, act_layer=nn.ReLU, norm_layer=functools.partial(nn.LayerNorm, eps=1e-6)
+    )
     qann = calibrated(hand, IMAGES, levels=32)
     official_vit(tmp_path / "q32.pth", qann)
     loaded = load_official(tmp_path / "q32.pth", arch="vit_small", levels=32, architecture=SMALL)
@@ -215,7 +217,9 @@ def test_nir_of_a_feed_forward_network(tmp_path):
     import nir
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5), nn.ReLU(), nn.Linear(5, 2, bias=False))
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5), nn.ReLU(), nn.Linear(5, 2, bias=False)
+    )
     snn = convert(calibrated(model, IMAGES))
     export_nir(snn, tmp_path / "net.nir", input_shape=(1, 8, 8))
     graph = nir.read(str(tmp_path / "net.nir"))

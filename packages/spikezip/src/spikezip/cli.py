@@ -152,7 +152,9 @@ def train(
         folder, _data(data, seed).head(samples), epochs=epochs, lr=lr, temperature=temperature, loss=loss,
         batch=batch, resume=resume, seed=seed, device=device,
     )  # fmt: skip
-    emit(Table("Quantisation-aware training", ["epoch", "mean loss"], [[i + 1, x] for i, x in enumerate(history)]), json)
+    emit(
+        Table("Quantisation-aware training", ["epoch", "mean loss"], [[i + 1, x] for i, x in enumerate(history)]), json
+    )
 
 
 @app.command(epilog="Example: spikezip convert qann --output snn --engine drive")
@@ -197,7 +199,10 @@ def evaluate(
     rows, exact = bench.evaluated(
         folder, _data(data, seed).test(samples), at=at or [4, 8, 16, 32], max_steps=max_steps, device=device
     )
-    emit(Table("Accuracy against time-steps", ["network", "steps", "accuracy, %", "agreement with the QANN, %"], rows), json)
+    emit(
+        Table("Accuracy against time-steps", ["network", "steps", "accuracy, %", "agreement with the QANN, %"], rows),
+        json,
+    )
     console.print(str(exact), soft_wrap=True)
 
 
@@ -254,7 +259,9 @@ def stats(
 @app.command(epilog="Example: spikezip inspect qann --compare --data digits --samples 20")
 def inspect(
     folder: Folder,
-    compare: Annotated[bool, typer.Option("--compare", help="Run the network and name the first layer that differs.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run the network and name the first layer that differs.")
+    ] = False,
     engine: Annotated[str, typer.Option(help="Engine to compare: drive or event.")] = "drive",
     resync: Annotated[bool, typer.Option(help="Event engine: end in summed values.")] = True,
     data: Data = "digits",
@@ -279,7 +286,9 @@ def inspect(
     console.print(str(exact), soft_wrap=True)
 
 
-@app.command("import-official", epilog="Example: spikezip import-official vit_small_q32.pth --arch vit_small --levels 32")
+@app.command(
+    "import-official", epilog="Example: spikezip import-official vit_small_q32.pth --arch vit_small --levels 32"
+)
 def import_official(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the official implementation.")],
     arch: Annotated[str, typer.Option(help="vit_small, vit_base, vit_large or roberta.")],
@@ -305,7 +314,9 @@ def import_official(
 def export(
     folder: Folder,
     to: Annotated[Path, typer.Option(help="File to write.", dir_okay=False)],
-    format: Annotated[str, typer.Option(help="onnx: one drive step with explicit state; nir: feed-forward networks.")] = "onnx",
+    format: Annotated[
+        str, typer.Option(help="onnx: one drive step with explicit state; nir: feed-forward networks.")
+    ] = "onnx",
     data: Data = "digits",
     samples: Samples = 1,
     seed: Seed = 0,

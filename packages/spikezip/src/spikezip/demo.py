@@ -39,6 +39,7 @@ def run(output: Path, *, seed: int = 0, levels: int = 16, epochs: int = 20, fine
         snn.clock.keep_trains = "blocks.1.mlp.act.0"
         report, result = measure(snn, images, max_steps=200, return_trajectory=True)
         exact = compare(snn, images, result)
+    assert result.trajectory is not None
     curve = [float((step.argmax(-1) == data.test_labels[:180]).float().mean()) for step in result.trajectory]
     labels = data.test_labels[:180]
     scores = {
@@ -98,7 +99,11 @@ def _raster_figure(output: Path, train: list[torch.Tensor]) -> None:
         for sign, colour, name in ((1, OURS, "+1"), (-1, PEERS[0], "-1, taking one back")):
             t, neuron = (spikes == sign).nonzero(as_tuple=True)
             axis.scatter(t + 1, neuron, s=5, marker="|", color=colour, label=name, linewidths=1.2)
-        axis.set(xlabel="time-step", ylabel="neuron (two tokens of 96)", title="Spikes before the MLP's ReLU, block 2, one image")
+        axis.set(
+            xlabel="time-step",
+            ylabel="neuron (two tokens of 96)",
+            title="Spikes before the MLP's ReLU, block 2, one image",
+        )
         axis.set_xlim(0, len(train) + 1)
         axis.legend(loc="upper right", frameon=True)
         save(figure, output / "raster")

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spikezip.engine import NeuronSite, RunResult, SpikingModel, _call
 from spikezip.encoders import Direct, checked
+from spikezip.engine import NeuronSite, RunResult, SpikingModel, _call
 from spikezip.qann.attention import MaskedSoftmax, Product
 from spikezip.qann.placement import is_activation
 
@@ -102,7 +102,11 @@ class EnergyReport:
         """Bytes a sample needs: weights, neuron state (fp32 membrane, int8 tracer), weights read by operations."""
         neurons = self.neurons // self.samples
         return {
-            "ANN fp32": {"weights": 4 * self.weights, "state": 0, "weight reads": 4 * self.total_ann_macs // self.samples},
+            "ANN fp32": {
+                "weights": 4 * self.weights,
+                "state": 0,
+                "weight reads": 4 * self.total_ann_macs // self.samples,
+            },
             "QANN int8": {"weights": self.weights, "state": 0, "weight reads": self.total_ann_macs // self.samples},
             "SNN": {
                 "weights": 4 * self.weights,
@@ -180,7 +184,8 @@ class _Counter:
         self.operators = {
             name: module
             for name, module in snn.model.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d | Product | nn.LayerNorm | MaskedSoftmax) or is_activation(module)
+            if isinstance(module, nn.Linear | nn.Conv2d | Product | nn.LayerNorm | MaskedSoftmax)
+            or is_activation(module)
         }
 
     def trace(self, inputs: Any, batch: int) -> None:
@@ -241,7 +246,13 @@ class _Counter:
                 if isinstance(module, Product):
                     report.accumulators += int(events.sum())
             return
-        kind = "layer norm" if isinstance(module, nn.LayerNorm) else "softmax" if isinstance(module, MaskedSoftmax) else "activation"
+        kind = (
+            "layer norm"
+            if isinstance(module, nn.LayerNorm)
+            else "softmax"
+            if isinstance(module, MaskedSoftmax)
+            else "activation"
+        )
         if isinstance(module, nn.ReLU):
             return
         events, _ = self._events(name, call, 0, args[0])
@@ -272,9 +283,7 @@ def _fan_out(module: nn.Module, args: tuple[Any, ...], i: int, events: Tensor) -
     if isinstance(module, nn.Conv2d):
         ones = torch.ones_like(module.weight, dtype=torch.float64)
         # Every event meets each kernel position that reaches it, once for each output channel.
-        reach = F.conv2d(
-            events.double(), ones, None, module.stride, module.padding, module.dilation, module.groups
-        )
+        reach = F.conv2d(events.double(), ones, None, module.stride, module.padding, module.dilation, module.groups)
         return int(reach.sum().round())
     other = args[1].shape[-1] if i == 0 else args[0].shape[-2]
     return int(events.sum()) * other

@@ -86,6 +86,9 @@ class Call:
 class NeuronSite(STBIFPlusNode):
     """The neurons in a quantiser's place: one state for each call in a forward, a clock shared by the whole network."""
 
+    calls: list[Call]
+    start: list[Tensor]
+
     @classmethod
     def place(cls, quantizer: Quantizer, *, name: str, clock: Clock) -> "NeuronSite":
         site = cls.from_quantizer(quantizer, name=name)
@@ -93,7 +96,7 @@ class NeuronSite(STBIFPlusNode):
         site.calls, site.start, site.called = [], [], 0
         # Tracers handed in and out by an exported step, which has no memory.
         site.explicit = None
-        return site  # type: ignore[return-value]
+        return site
 
     def reset(self) -> None:
         super().reset()
@@ -194,7 +197,9 @@ class Certificate:
     def __str__(self) -> str:
         if self.settled:
             how = "from summed values" if self.exact else "from increments, rounding included"
-            return f"settled: none of {self.neurons} neurons fired in step {self.step}, computed {how}; the state is final"
+            return (
+                f"settled: none of {self.neurons} neurons fired in step {self.step}, computed {how}; the state is final"
+            )
         return f"not settled: {self.moving} of {self.neurons} neurons still move after {self.step} steps"
 
 
@@ -528,13 +533,22 @@ class _Run:
             {} if converged else by_layer, self.exact and (snn.clock.form == "drive"),
         )  # fmt: skip
         logits = self.logits
+        assert logits is not None
         steps = self.last_fired.clone()
         if self.stop == "confident":
             left = self.exits > 0
-            logits = torch.where(left.unsqueeze(-1).to(logits.device), self.exit_logits, logits)  # type: ignore[union-attr,arg-type]
+            logits = torch.where(left.unsqueeze(-1).to(logits.device), self.exit_logits, logits)
             steps = torch.where(left, self.exits, self.t)
         return RunResult(
-            logits, trajectory, self.t, converged, self.settled, steps, moving, certificate, spikes  # type: ignore[arg-type]
+            logits,
+            trajectory,
+            self.t,
+            converged,
+            self.settled,
+            steps,
+            moving,
+            certificate,
+            spikes,
         )
 
 

@@ -7,6 +7,7 @@ NIR has linear maps, convolutions and neurons, but no products of two spike stre
 those are refused, with the list of what has no counterpart.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ def export_nir(snn: SpikingModel, path: str | Path, *, input_shape: tuple[int, .
     for name, module in _chain(snn.model):
         if isinstance(module, NeuronSite):
             size = tuple(shape.shape[1:])
-            theta = np.broadcast_to(module.threshold(shape).cpu().numpy()[0] if module.theta.dim() else module.theta.item(), size)
+            theta = np.broadcast_to(
+                module.threshold(shape).cpu().numpy()[0] if module.theta.dim() else module.theta.item(), size
+            )
             node = nir.IF(r=np.ones(size), v_threshold=theta.copy(), v_reset=np.zeros(size))
             node.metadata = {"st_bif_plus": {"lo": module.lo, "hi": module.hi, "v_start": 0.5, "reset": "subtract"}}
         elif isinstance(module, nn.Linear):
@@ -113,10 +116,12 @@ def export_nir(snn: SpikingModel, path: str | Path, *, input_shape: tuple[int, .
         if not unsupported and not isinstance(module, NeuronSite):
             shape = module(shape)
     if unsupported:
-        raise ExportError(f"NIR has no counterpart for {', '.join(unsupported[:8])}" + (" ..." if len(unsupported) > 8 else ""))
+        raise ExportError(
+            f"NIR has no counterpart for {', '.join(unsupported[:8])}" + (" ..." if len(unsupported) > 8 else "")
+        )
     nodes["output"] = nir.Output(np.array(shape.shape[1:]))
     order = list(nodes)
-    graph = nir.NIRGraph(nodes, list(zip(order, order[1:], strict=False)))
+    graph = nir.NIRGraph(nodes, list(itertools.pairwise(order)))
     with replace_atomically(path) as partial:
         nir.write(str(partial), graph)
     return Path(path)

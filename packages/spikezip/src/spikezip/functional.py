@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tenfold_shared.errors import UserError
 from torch import Tensor
 
-from tenfold_shared.errors import UserError
 from spikezip.qann.quantizer import levels
 
 CHUNK = 8

@@ -118,9 +118,9 @@ class STBIFPlusNode(neuron.BaseNode):
         theta = self.threshold(x)
         limits: dict[str, Any] = {"theta": theta, "lo": self.lo, "hi": self.hi, "burst": self.burst}
         if self.input_form == "drive":
-            acc = drive_step(x, acc, **limits)  # type: ignore[arg-type]
+            acc = drive_step(x, acc, **limits)
             return (acc * theta,), (v, acc)
-        spikes, v, acc = stbif_plus_step(x, v, acc=acc, **limits)  # type: ignore[arg-type]
+        spikes, v, acc = stbif_plus_step(x, v, acc=acc, **limits)
         return (spikes * theta,), (v, acc)
 
     def multi_step_functional_forward(
@@ -131,8 +131,8 @@ class STBIFPlusNode(neuron.BaseNode):
         theta = self.threshold(inputs[0][0])
         spikes, v, acc = stbif_plus_multi_step(
             inputs[0],
-            states[0],  # type: ignore[arg-type]
-            acc=states[1],  # type: ignore[arg-type]
+            states[0],
+            acc=states[1],
             theta=theta,
             lo=self.lo,
             hi=self.hi,

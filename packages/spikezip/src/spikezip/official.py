@@ -53,10 +53,14 @@ def load_official(
     if arch not in (*VIT, *ROBERTA):
         raise CheckpointError(f"arch is '{arch}', expected one of {', '.join((*VIT, *ROBERTA))}")
     if levels is None:
-        raise CheckpointError("levels are not given, and the checkpoint does not hold them", hint="pass levels=32 for a q32")
+        raise CheckpointError(
+            "levels are not given, and the checkpoint does not hold them", hint="pass levels=32 for a q32"
+        )
     state = _read(Path(path))
     if not any(name.endswith(".s") for name in state):
-        raise CheckpointError(f"{path} has no step sizes (keys that end in .s)", hint="pass a QANN checkpoint, not an ANN's")
+        raise CheckpointError(
+            f"{path} has no step sizes (keys that end in .s)", hint="pass a QANN checkpoint, not an ANN's"
+        )
     own = dict(architecture or {})
     qann = _roberta(state, levels, activation, own) if arch in ROBERTA else _vit(state, levels, {**VIT[arch], **own})
     # Registered numbers that the official files do not hold, such as token positions, are no parameters.
@@ -74,7 +78,9 @@ def load_official(
     qann.load_state_dict({name: value for name, value in state.items() if name in wanted}, strict=False)
     for name, quantizer in quantizers(qann).items():
         if not bool((quantizer.s > 0).all()):
-            raise CheckpointError(f"{path}: the step {name}.s is {quantizer.s.min().item():g}, expected a number above 0")
+            raise CheckpointError(
+                f"{path}: the step {name}.s is {quantizer.s.min().item():g}, expected a number above 0"
+            )
     return qann
 
 
@@ -91,7 +97,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} holds no dictionary of tensors")
     # A step may be stored as a number or as one entry.
     return {
-        re.sub(r"^(module\.)?(bert\.(?=roberta|classifier))?", "", name): value.squeeze() if name.endswith(".s") else value
+        re.sub(r"^(module\.)?(bert\.(?=roberta|classifier))?", "", name): value.squeeze()
+        if name.endswith(".s")
+        else value
         for name, value in content.items()
     }
 

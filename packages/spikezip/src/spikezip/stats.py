@@ -100,6 +100,4 @@ def record(
     table = torch.tensor(steps, dtype=torch.float64).reshape(len(steps), len(layers), 3).round().long()
     moving, both, net = table.unbind(-1)
     neurons = torch.tensor([level.numel() for level in levels])
-    return SpikeRecord(
-        list(layers), (both + net) // 2, (both - net) // 2, moving, neurons, samples, levels
-    )
+    return SpikeRecord(list(layers), (both + net) // 2, (both - net) // 2, moving, neurons, samples, levels)

@@ -26,7 +26,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     record: dict[str, Any] = {
         "format": 1,
         "origin": qann.spike_origin,
-        "quantization": qann.spike_config.record(),  # type: ignore[union-attr,operator]
+        "quantization": qann.spike_config.record(),
     }
     if isinstance(model, SpikingModel):
         record["spiking"] = {
@@ -73,5 +73,7 @@ def _read(folder: Path, model: nn.Module | None) -> tuple[nn.Module, dict[str, A
         load_model(qann.to(getattr(torch, record.get("spiking", {}).get("dtype", "float32"))), str(folder / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).strip().splitlines()
-        raise CheckpointError(f"{folder / WEIGHTS} does not fit its configuration ({' '.join(reason)[:200]})") from error
+        raise CheckpointError(
+            f"{folder / WEIGHTS} does not fit its configuration ({' '.join(reason)[:200]})"
+        ) from error
     return qann.eval(), record

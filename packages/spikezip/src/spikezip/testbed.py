@@ -131,11 +131,9 @@ class Sentiment:
 
     def loader(self, batch: int = 64, seed: int = 0) -> DataLoader[Any]:
         """Training sentences in random order, as mappings with "labels"."""
-        rows = [
-            {k: v[i] for k, v in self.train.items()} for i in range(len(self.train["labels"]))
-        ]
+        rows = [{k: v[i] for k, v in self.train.items()} for i in range(len(self.train["labels"]))]
         generator = torch.Generator().manual_seed(seed)
-        return DataLoader(rows, batch_size=batch, shuffle=True, drop_last=True, generator=generator)  # type: ignore[arg-type]
+        return DataLoader(rows, batch_size=batch, shuffle=True, drop_last=True, generator=generator)
 
 
 def sentence(rng: random.Random, rare: float) -> tuple[str, int]:
@@ -234,7 +232,7 @@ def count_by_hand(qann: nn.Module, inputs: Any, *, steps: int) -> int:
                     total += sum(int((column != 0).sum()) for column in y.T for _ in range(x.shape[0]))
             elif name in spiking:
                 for event in args[0].reshape(-1):
-                    total += len(module.weight) if event != 0 else 0  # type: ignore[arg-type]
+                    total += len(module.weight) if event != 0 else 0
 
         return hook
 

@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tenfold_shared.errors import UserError
 from torch import nn
 from torch.overrides import TorchFunctionMode
-
-from tenfold_shared.errors import UserError
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def dataset(name: str) -> Samples:
     if len(sizes) != 1 or 0 in sizes:
         raise UserError(f"the entries of {path} have {sorted(sizes)} samples, expected one number above 0")
     inputs, labels = split_labels(tensors)
-    inputs = inputs["inputs"] if "inputs" in inputs else inputs
+    inputs = inputs.get("inputs", inputs)
     return Samples(inputs, labels, inputs, labels)
 
 
@@ -108,7 +108,9 @@ def plain_model(name: str) -> nn.Module:
             return timm.create_model(name.removeprefix("timm:"), pretrained=True).eval()
         except Exception as error:  # timm and its hub client raise classes of their own for each way to fail
             reason = " ".join(str(error).split())[:160]
-            raise UserError(f"timm could not make '{name}' ({reason})", hint="check the name and the network") from error
+            raise UserError(
+                f"timm could not make '{name}' ({reason})", hint="check the name and the network"
+            ) from error
     import transformers
 
     config = load_from_hub(transformers.AutoConfig, name, use_safetensors=None)
@@ -159,11 +161,11 @@ def trained(folder: Path, data: Samples, *, batch: int, epochs: int, resume: boo
     if not (folder / TEACHER).is_file():
         raise CheckpointError(f"{folder / TEACHER} does not exist", hint="make the folder with spikezip quantize")
     qann = load_quantized(folder)
-    teacher = build(qann.spike_origin)  # type: ignore[arg-type]
+    teacher = build(qann.spike_origin)
     load_model(teacher, str(folder / TEACHER))
     if len(data.labels) < batch:
         raise UserError(f"there are {len(data.labels)} samples for a batch of {batch}", hint="pass a smaller --batch")
-    loader: DataLoader[Any] = DataLoader(data.rows(), batch_size=batch, shuffle=True, drop_last=True)  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(data.rows(), batch_size=batch, shuffle=True, drop_last=True)
     trainer = QATTrainer(qann, teacher, output=folder.with_name(f"{folder.name}-training"), resume=resume, **settings)
     qann = trainer.fit(loader, epochs)
     _write_again(qann.cpu(), folder)
@@ -239,9 +241,7 @@ def quantiser_map(folder: Path) -> list[list[Any]]:
     ]
 
 
-def compared(
-    folder: Path, data: Samples, *, engine: str, resync: bool, max_steps: int, device: str
-) -> Exactness:
+def compared(folder: Path, data: Samples, *, engine: str, resync: bool, max_steps: int, device: str) -> Exactness:
     """A fresh conversion of the folder's QANN against the QANN."""
     snn = convert(load_quantized(folder), engine=engine, resync=resync).to(device_of(device))
     return compare(snn, data.inputs, max_steps=max_steps)

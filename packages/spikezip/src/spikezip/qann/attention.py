@@ -96,7 +96,9 @@ class MultiheadAttention(AttentionCore):
     def __init__(self, source: nn.MultiheadAttention, *, levels: int, attn_levels: int) -> None:
         super().__init__(attn_levels, dropout=source.dropout)
         if source.in_proj_weight is None or source.bias_k is not None or source.add_zero_attn:
-            raise QuantizationError("nn.MultiheadAttention with kdim, vdim, add_bias_kv or add_zero_attn is not supported")
+            raise QuantizationError(
+                "nn.MultiheadAttention with kdim, vdim, add_bias_kv or add_zero_attn is not supported"
+            )
         self.embed_dim, self.num_heads, self.head_dim = source.embed_dim, source.num_heads, source.head_dim
         self.batch_first = source.batch_first
         # nn.TransformerEncoderLayer reads these to see whether its fused path may go round this module; it may not.

@@ -110,9 +110,7 @@ def calibrate(
         below = (x / s + 0.5 < quantizer.lo) & (quantizer.lo < 0)
         clipped = (below | (x / s + 0.5 >= quantizer.hi + 1)).float().mean()
         error = (q * s - x).square().mean().sqrt() / x.square().mean().sqrt().clamp(min=1e-12)
-        report.append(
-            Calibration(name, quantizer.lo, quantizer.hi, float(s.mean()), float(clipped), float(error))
-        )
+        report.append(Calibration(name, quantizer.lo, quantizer.hi, float(s.mean()), float(clipped), float(error)))
     return report
 
 

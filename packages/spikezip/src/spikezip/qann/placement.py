@@ -105,8 +105,8 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, inplace: bo
     config = config or QuantConfig()
     if quantizers(model):
         raise QuantizationError("the model is quantised already", hint="pass the original model")
-    model = (model if inplace else copy.deepcopy(model)).eval()
-    model.spike_origin = describe(model)  # type: ignore[assignment]
+    model = model if inplace else copy.deepcopy(model)
+    model.spike_origin = describe(model)
     is_transformers = hasattr(getattr(model, "config", None), "_attn_implementation")
     place = _Placement(config, getattr(getattr(model, "config", None), "hidden_act", None))
     place.walk(model, "", is_transformers)
@@ -122,8 +122,8 @@ def quantize(model: nn.Module, config: QuantConfig | None = None, *, inplace: bo
             f"{type(model).__name__} has no layer to quantise",
             hint="expected attention, LayerNorm or activation modules that `skip` does not cover",
         )
-    model.spike_config = config  # type: ignore[assignment]
-    return model
+    model.spike_config = config
+    return model.eval()
 
 
 def _use_interface(model: nn.Module) -> None:
@@ -154,7 +154,7 @@ class _Placement:
 
     def replace(self, module: nn.Module, path: str, is_transformers: bool) -> nn.Module | None:
         """What takes the module's place, if anything. An attention of transformers is given its core and kept."""
-        config, kind = self.config, type(module).__name__
+        kind = type(module).__name__
         if (own := self.attention(module, path)) is not None:
             return own
         if is_transformers and _has_projections(module):
@@ -193,7 +193,9 @@ class _Placement:
     def attention(self, module: nn.Module, path: str) -> nn.Module | None:
         if not is_supported_attention(module):
             return None
-        cls: Callable[..., nn.Module] = MultiheadAttention if isinstance(module, nn.MultiheadAttention) else TimmAttention
+        cls: Callable[..., nn.Module] = (
+            MultiheadAttention if isinstance(module, nn.MultiheadAttention) else TimmAttention
+        )
         try:
             return cls(module, levels=self.config.levels, attn_levels=self.attn_levels)
         except QuantizationError as error:
@@ -227,7 +229,10 @@ def is_supported_attention(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return True
     kind = type(module)
-    return kind.__name__ == "Attention" and kind.__module__ in ("timm.layers.attention", "timm.models.vision_transformer")
+    return kind.__name__ == "Attention" and kind.__module__ in (
+        "timm.layers.attention",
+        "timm.models.vision_transformer",
+    )
 
 
 def _has_projections(module: nn.Module) -> bool:
@@ -240,7 +245,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     kind = type(model)
     library = kind.__module__.split(".")[0]
     if library == "transformers":
-        config = copy.deepcopy(model.config).to_dict()  # type: ignore[union-attr,operator]
+        config = copy.deepcopy(model.config).to_dict()
         return {"library": library, "class": kind.__name__, "config": config}
     if library == "timm" and kind.__name__ in ("VisionTransformer", "VisionTransformerDistilled"):
         return {"library": library, "class": kind.__name__, "arguments": _timm_arguments(model)}
@@ -249,8 +254,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
             name: getattr(model, name)
             for name in ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_classes", "representation_size")
         }
-        block = model.encoder.layers[0]  # type: ignore[union-attr,index]
-        arguments |= {"num_layers": len(model.encoder.layers), "num_heads": block.num_heads}  # type: ignore[union-attr,arg-type]
+        block = model.encoder.layers[0]
+        arguments |= {"num_layers": len(model.encoder.layers), "num_heads": block.num_heads}
         return {"library": library, "class": kind.__name__, "arguments": arguments}
     return {}
 
@@ -289,7 +294,8 @@ def build(origin: Mapping[str, Any]) -> nn.Module:
     """The architecture that `describe` described, with random weights. Raises UserError when it is of no known library."""
     if not origin:
         raise UserError(
-            "the checkpoint is of a class of one's own, which cannot be rebuilt by name", hint="pass model=<an instance>"
+            "the checkpoint is of a class of one's own, which cannot be rebuilt by name",
+            hint="pass model=<an instance>",
         )
     library, name = origin["library"], origin["class"]
     if library == "transformers":

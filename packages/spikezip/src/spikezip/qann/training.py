@@ -10,7 +10,7 @@ the steps' gradients are scaled for the whole batch, so that both give the same 
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class QATTrainer:
         self.history: list[float] = []
         """Mean loss of each epoch."""
 
-    def fit(self, loader: Iterable[Any], epochs: int) -> nn.Module:
+    def fit(self, loader: Any, epochs: int) -> nn.Module:
         """Train for `epochs` and return the QANN, in evaluation mode.
 
         loader: a DataLoader of (inputs, labels) or mappings. The order of a shuffled one follows from the seed and the epoch.
@@ -106,7 +106,9 @@ class QATTrainer:
             raise UserError(f"epochs is {epochs}, expected 1 or more")
         accelerator = Accelerator(
             cpu=self.device == "cpu",
-            dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=self.seed),
+            dataloader_config=DataLoaderConfiguration(
+                split_batches=True, use_seedable_sampler=True, data_seed=self.seed
+            ),
         )
         set_seed(self.seed)
         for quantizer in quantizers(self.qann).values():
@@ -152,7 +154,9 @@ class QATTrainer:
             target = call(teacher, inputs)
         loss = distillation_loss(call(model, inputs), target, labels=labels, tau=self.tau, kind=self.loss)
         if not bool(torch.isfinite(loss)):
-            raise UserError("the loss is not finite", hint="lower lr, or calibrate with method='percentile' for outliers")
+            raise UserError(
+                "the loss is not finite", hint="lower lr, or calibrate with method='percentile' for outliers"
+            )
         optimizer.zero_grad()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), self.clip)
