@@ -559,11 +559,11 @@ def neuron_gpu(seeds: list[int]) -> list[Claim]:
     return [
         Claim("neuron-scan-gpu", PAPER, "On a GPU the compiled neuron scan (Triton, by torch.compile) gives the eager spikes, and "
               "is faster than spikingjelly's CUDA path", "peer's time / ours, higher is better", None, {}, "1 or more", None, [],
-              note="python -m spikezip.cli bench --device cuda --steps 32 --neurons 4000000"),
+              note="spikezip bench --device cuda --steps 32 --neurons 4000000"),
         Claim("imagenet", PAPER, "ViT-L with 32 levels on ImageNet reaches the paper's 83.82 % as a spiking network, with the "
               "logits of its quantised network", "top-1 accuracy, %", None, {}, "83.8 % or more", None, [],
-              note="spikezip import-official vit_large_q32.pth --arch vit_large --levels 32 --output vit-l && "
-              "spikezip eval vit-l --images imagenet/val --device cuda"),
+              note="spikezip import-official vit_large_q32.pth --arch vit_large --levels 32 --output vit-l; "
+              "spikezip eval vit-l --data imagenet-val.safetensors --max-steps 200 --device cuda"),
     ]  # fmt: skip
 
 

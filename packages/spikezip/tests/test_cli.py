@@ -82,7 +82,10 @@ def test_quantize_a_transformers_folder(tmp_path):
     save_file({**TEXT, "labels": torch.tensor([0, 1, 2])}, str(file))
     run("calibrate", tmp_path / "q", "--data", file)
     run("convert", tmp_path / "q", "--output", tmp_path / "s")
-    assert json.loads(run("eval", tmp_path / "s", "--data", file, "--json").stdout)[-1]["agreement with the QANN, %"] == 100
+    assert (
+        json.loads(run("eval", tmp_path / "s", "--data", file, "--json").stdout)[-1]["agreement with the QANN, %"]
+        == 100
+    )
 
 
 def test_import_official(tmp_path):
@@ -99,7 +102,9 @@ def test_import_official(tmp_path):
 
 
 def test_bench_compares_spikes():
-    out = json.loads(run("bench", "--steps", 4, "--neurons", 500, "--backend", "eager", "--device", "cpu", "--json").stdout)
+    out = json.loads(
+        run("bench", "--steps", 4, "--neurons", 500, "--backend", "eager", "--device", "cpu", "--json").stdout
+    )
     assert out["identical spikes"] is True and out["times faster"] > 0
 
 

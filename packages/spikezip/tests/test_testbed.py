@@ -24,7 +24,9 @@ def test_the_grammar_by_hand():
     seen = set()
     for _ in range(400):
         text, verdict = sentence(rng, 0.0)
-        clauses = [c.strip() for c in text.replace("although", "").replace(" still ", "|").replace(" also ", "|").split("|")]
+        clauses = [
+            c.strip() for c in text.replace("although", "").replace(" still ", "|").replace(" also ", "|").split("|")
+        ]
         if " still " in text:
             last = clauses[-1]
             good = any(w in last.split() for w in ("good", "great", "fine", "lovely", "bright", "warm", "clever", "moving",
