@@ -103,7 +103,7 @@ def random_deep_vit(seed: int) -> tuple[nn.Module, Tensor]:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "blocks" in name:
             nn.init.normal_(parameter, std=0.15)
-    x = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(12, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
     qann = quantize(model.eval(), QuantConfig(levels=32))
     calibrate(qann, [x], method="lsq")
     return qann, x
@@ -118,10 +118,8 @@ def exactness(seeds: list[int]) -> list[Claim]:
     bitwise, neurons = True, 0
     for seed in seeds:
         data, _, qanns, _ = vision(seed)
-        text, _, text_qanns = language(seed)
         deep, deep_x = random_deep_vit(seed)
-        cases: list[tuple[nn.Module, Any]] = [(qanns[n], data.test[:60]) for n in LEVELS]
-        cases += [(text_qanns[n], {k: v[:60] for k, v in text.test.items()}) for n in LEVELS]
+        cases: list[tuple[nn.Module, Tensor]] = [(qanns[n], data.test[:30]) for n in LEVELS]
         cases += [(deep, deep_x)]
         totals = [0, 0, 0]
         for qann, inputs in cases:
@@ -129,7 +127,7 @@ def exactness(seeds: list[int]) -> list[Claim]:
             bitwise &= found.bitwise
             totals[0] += found.mismatches
             neurons += found.neurons
-            small = {k: v[:20] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[:20]
+            small = inputs[:12]
             double = convert(qann, engine="event", dtype=torch.float64, resync=False)
             totals[1] += compare(double, small, max_steps=400).mismatches
             mended = compare(convert(qann, engine="event"), small, max_steps=400)
@@ -144,10 +142,10 @@ def exactness(seeds: list[int]) -> list[Claim]:
         library.append(float((_rival(deep, few, 64, "s") - deep(few).detach()).abs().max()))
     return [
         claim("drive-float32", "Drive engine, float32: logits bitwise equal to the quantised network, every integer equal "
-              "(digits ViT and RoBERTa at 8, 16, 32 levels, random ViT of depth 12)",
+              "(digits ViT at 8, 16, 32 levels, random ViT of depth 12)",
               "neurons whose integer differs", drive, "0, and logits bitwise equal", not sum(drive) and bitwise, seeds,
               note=f"{neurons} neurons compared", headline=True),
-        claim("event-float64", "Event engine, float64: every integer equal (the same seven networks)",
+        claim("event-float64", "Event engine, float64: every integer equal (the same four networks)",
               "neurons whose integer differs", doubles, "0", not sum(doubles), seeds),
         claim("event-resync", "Event engine, float32 with resync: every integer equal, logits bitwise equal",
               "neurons whose integer differs", resync, "0", not sum(resync), seeds),
@@ -419,7 +417,9 @@ def _curves(curves: Any, sta: Any, qcfs: Any, ann: list[float], qann: Any) -> No
 
 def sentiment(seeds: list[int]) -> list[Claim]:
     ann_acc, acc, final, steps, early = [], {n: [] for n in LEVELS}, [], [], {2: [], 4: [], 8: [], 12: []}
+    wrong, bitwise = [], True
     for seed in seeds:
+        wrong.append(0.0)
         data, ann, qanns = language(seed)
         labels = data.test["labels"]
         ann_acc.append(100 * testbed.accuracy(ann, data.test, labels))
@@ -427,6 +427,12 @@ def sentiment(seeds: list[int]) -> list[Claim]:
             acc[n].append(100 * testbed.accuracy(qanns[n], data.test, labels))
         result = convert(qanns[16]).run(data.test, max_steps=200, return_trajectory=True)
         final.append(right(result.logits, labels))
+        for n in LEVELS:
+            few = {k: v[:40] for k, v in data.test.items()}
+            found = compare(convert(qanns[n]), few, max_steps=400)
+            mended = compare(convert(qanns[n], engine="event"), few, max_steps=400)
+            wrong[-1] += found.mismatches + mended.mismatches
+            bitwise &= found.bitwise and mended.bitwise
         steps.append(float(result.per_sample_steps.max()))
         for t in early:
             early[t].append(right(result.trajectory[t - 1], labels))
@@ -438,6 +444,9 @@ def sentiment(seeds: list[int]) -> list[Claim]:
               "test accuracy at equilibrium, %", final, "ANN - 2 points or more", drop <= 2, seeds,
               {"ANN": ann_acc, "QANN": acc[16], "QANN, 8 levels": acc[8], "QANN, 32 levels": acc[32],
                **{f"after {t} steps": v for t, v in early.items()}}),
+        claim("sentiment-exact", "The trained RoBERTa at 8, 16 and 32 levels, with padding: drive engine and event engine "
+              "with resync, float32", "neurons whose integer differs", wrong, "0, and logits bitwise equal",
+              not sum(wrong) and bitwise, seeds),
         claim("sentiment-steps", "RoBERTa at 16 levels settles within 40 steps", "steps, slowest of 600 sentences", steps,
               "40 or fewer", max(steps) <= 40, seeds),
     ]  # fmt: skip
@@ -450,7 +459,7 @@ def energy(seeds: list[int]) -> list[Claim]:
     same = True
     for seed in seeds:
         data, _, qanns, _ = vision(seed)
-        x = data.test[:60]
+        x = data.test[:20]
         for n in LEVELS:
             snn = convert(qanns[n])
             report, result = measure(snn, x, max_steps=200)
@@ -522,7 +531,7 @@ def speed(seeds: list[int]) -> list[Claim]:
     scan_eager = []
     for seed in seeds:
         data, _, qanns, _ = vision(seed)
-        x, qann = data.test[:30], qanns[16]
+        x, qann = data.test[:20], qanns[16]
         ours, rival = convert(qann), _rival_of(qann, 64)
         single.append(time_both(lambda ours=ours, x=x: ours.run(x, max_steps=32, stop="none"),
                                 lambda rival=rival, x=x: _run_rival(rival, x, 32, "s"), repeats=3).ratio)  # fmt: skip
@@ -551,7 +560,7 @@ def speed(seeds: list[int]) -> list[Claim]:
     mean = statistics.fmean
     return [
         claim("speed-equal-steps", "At equal steps the drive engine is faster than spikingjelly's SpikeZIP recipe (digits ViT, "
-              "16 levels, 32 steps, 30 images)", "peer's time / ours, higher is better", single, "2 or more", mean(single) >= 2,
+              "16 levels, 32 steps, 20 images)", "peer's time / ours, higher is better", single, "2 or more", mean(single) >= 2,
               seeds, {"against its layer-by-layer mode": multi}),
         claim("speed-settled", "To a settled answer it is faster still: it stops by itself, the recipe runs the paper's 64 steps",
               "peer's time / ours, higher is better", settled, "3 or more", mean(settled) >= 3, seeds,
