@@ -33,8 +33,8 @@ PAPER = "2406.03470"
 LEVELS = (8, 16, 32)
 SHOWN = 180
 RESULTS = Path(__file__).resolve().parent / "results"
-ANN_EPOCHS, QAT_EPOCHS = 12, 3
-TEXT_EPOCHS, TEXT_QAT_EPOCHS = 6, 1
+ANN_EPOCHS, QAT_EPOCHS = 24, 6
+TEXT_EPOCHS, TEXT_QAT_EPOCHS = 10, 1
 # More threads wait for each other at matrices this small.
 torch.set_num_threads(1)
 logging.getLogger("accelerate").setLevel(logging.ERROR)

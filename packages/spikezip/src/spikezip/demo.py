@@ -85,6 +85,7 @@ def _accuracy_figure(output: Path, curve: list[float], scores: dict[str, float],
         axis.axhline(100 * scores["QANN"], color=PEERS[2], ls="--", label=f"QANN, {levels} levels")
         axis.set(xlabel="time-steps", ylabel="accuracy, %", title="The spiking network settles on the quantised one")
         axis.set_ylim(0, 102)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(loc="lower right")
         save(figure, output / "accuracy")
 
@@ -105,5 +106,6 @@ def _raster_figure(output: Path, train: list[torch.Tensor]) -> None:
             title="Spikes before the MLP's ReLU, block 2, one image",
         )
         axis.set_xlim(0, len(train) + 1)
-        axis.legend(loc="upper right", frameon=True)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(loc="outside lower center", ncols=2, markerscale=2)
         save(figure, output / "raster")
