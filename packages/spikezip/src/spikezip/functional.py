@@ -1,0 +1,127 @@
+"""The ST-BIF+ neuron as functions: one step, and many.
+
+Event form, input an increment x_t (2406.03470, the ST-BIF+ neuron):
+
+    v <- v + x_t / theta;   o = +1 if v >= 1 and S < hi, -1 if v < 0 and S > lo, else 0;   S <- S + o;   v <- v - o
+
+Since v(t) = 1/2 + X(t) / theta - S(t), with X the summed input, this is the same as a tracker of limited slew:
+
+    S(t) = S(t-1) + clip(q(X(t)) - S(t-1), -1, +1)                                    (drive form, input X itself)
+
+A `burst` of n lets a neuron send up to n unit spikes a step; 1 is the paper's neuron. The equilibrium is the same.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tenfold_shared.errors import UserError
+from torch import Tensor
+
+from spikezip.qann.quantizer import levels
+
+CHUNK = 8
+"""Steps that are compiled together; unrolling more makes compilation slow without making the scan faster."""
+
+
+class _Floor(torch.autograd.Function):
+    """floor with the straight-through gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.floor(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def _floor(x: Tensor) -> Tensor:
+    return _Floor.apply(x) if torch.is_grad_enabled() and x.requires_grad else torch.floor(x)
+
+
+def stbif_plus_step(
+    x: Tensor, v: Tensor, *, acc: Tensor, theta: Tensor, lo: int, hi: int, burst: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step in event form; returns (o, v, acc), all of x's shape.
+
+    x: increment of the input. v: membrane in units of theta, 0.5 at the start. acc: tracer S, 0 at the start.
+    o: integer spikes in [-burst, burst] as floats; theta * o is what goes out.
+
+    Differentiable with straight-through gradients.
+    """
+    v = v + x / theta
+    spikes = torch.minimum(torch.maximum(_floor(v).clamp(-burst, burst), lo - acc), hi - acc)
+    return spikes, v - spikes, acc + spikes
+
+
+def drive_step(x: Tensor, acc: Tensor, *, theta: Tensor, lo: int, hi: int, burst: int = 1) -> Tensor:
+    """One step in drive form; returns the new tracer S. x: the summed input X(t)."""
+    if torch.is_grad_enabled() and (x.requires_grad or theta.requires_grad):
+        target = _floor(x / theta + 0.5).clamp(lo, hi)
+    else:
+        target = levels(x, theta, lo, hi)
+    return acc + (target - acc).clamp(-burst, burst)
+
+
+def _scan(
+    x_seq: Tensor, v: Tensor, acc: Tensor, theta: Tensor, lo: int, hi: int, burst: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    spikes = []
+    for x in x_seq.unbind():
+        o, v, acc = stbif_plus_step(x, v, acc=acc, theta=theta, lo=lo, hi=hi, burst=burst)
+        spikes.append(o)
+    return torch.stack(spikes), v, acc
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(_scan, dynamic=False)
+
+
+@functools.cache
+def _warn_eager(reason: str) -> None:
+    warnings.warn(f"the compiled neuron is not to be had here ({reason}); going on without", stacklevel=3)
+
+
+def stbif_plus_multi_step(
+    x_seq: Tensor,
+    v: Tensor,
+    *,
+    acc: Tensor,
+    theta: Tensor,
+    lo: int,
+    hi: int,
+    burst: int = 1,
+    backend: str = "eager",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Many steps in event form; returns (spikes (T, ...), v, acc) with the very spikes of T single steps.
+
+    x_seq: (T, ...) increments. backend: "eager", or "compile" for torch.compile in chunks of 8 steps (one fused kernel a
+    chunk, Triton's on CUDA); where no compiler is to be had it warns once and goes on eagerly. Gradients need "eager".
+
+    Raises UserError for no steps, a burst under 1 or an unknown backend.
+    """
+    if x_seq.shape[0] < 1:
+        raise UserError("x_seq has no steps, expected (T, ...) with T of 1 or more")
+    if burst < 1:
+        raise UserError(f"burst is {burst}, expected 1 or more")
+    if backend not in ("eager", "compile"):
+        raise UserError(f"backend is '{backend}', expected eager or compile")
+    if backend == "compile":
+        try:
+            with torch.no_grad():
+                spikes = []
+                whole = len(x_seq) - len(x_seq) % CHUNK
+                for chunk in x_seq[:whole].split(CHUNK) if whole else ():
+                    o, v, acc = _compiled()(chunk, v, acc, theta, lo, hi, burst)
+                    spikes.append(o)
+                if whole < len(x_seq):
+                    o, v, acc = _scan(x_seq[whole:], v, acc, theta, lo, hi, burst)
+                    spikes.append(o)
+                return torch.cat(spikes), v, acc
+        except (RuntimeError, torch._dynamo.exc.BackendCompilerFailed) as error:
+            _warn_eager(str(error).strip().splitlines()[0][:100])
+    return _scan(x_seq, v, acc, theta, lo, hi, burst)
