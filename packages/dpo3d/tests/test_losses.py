@@ -140,7 +140,7 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
 
 def test_bad_logps() -> None:
     good = pairs()
-    with pytest.raises(UserError, match="no loss named 'dpoo'.*sigmoid"):
+    with pytest.raises(UserError, match=r"no loss named 'dpoo'.*sigmoid"):
         preference_loss("dpoo", good)
     with pytest.raises(UserError, match=r"shapes .*expected equal 1-D"):
         preference_loss("sigmoid", PairLogps(good.chosen[:3], good.rejected, good.ref_chosen, good.ref_rejected))
