@@ -223,7 +223,7 @@ def test_metrics_use_each_halfs_beta(make_trainer: Make, base: Any) -> None:
     assert metrics["rewards/chosen"][0] == pytest.approx(float(0.2 * pair.delta_chosen.mean()), abs=1e-5)
     assert metrics["rewards/rejected"][0] == pytest.approx(float(0.02 * pair.delta_rejected.mean()), abs=1e-5)
     plus, minus = float(pair.delta_chosen.mean()), float(pair.delta_rejected.mean())
-    assert metrics["dpo3d/chosen_share"][0] == pytest.approx(plus / (plus - minus), abs=1e-4)
+    assert metrics["dpo3d/chosen_share"][0] == pytest.approx(plus / (plus - minus), rel=1e-2)
     w = torch.sigmoid(-pair.margin(0.2, 0.02))
     assert metrics["dpo3d/weight_rejected"][0] == pytest.approx(float(0.02 * w.mean()), abs=1e-6)
 
