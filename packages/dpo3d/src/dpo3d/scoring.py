@@ -4,6 +4,7 @@ Rows are tokenised as TRL tokenises preference data (standard, conversational, i
 the audit and of the monitor are those of the trainer.
 """
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -131,7 +132,7 @@ def score(
     share: (rank, world size); each rank runs the same number of forward passes, and all get all results.
     Completion tokens alone count; a row's figures do not depend on the rows beside it.
 
-    Raises UserError for an empty completion or a prompt of no tokens.
+    Raises UserError for an empty completion, a prompt of no tokens, or a log-probability that is not finite.
     """
     for i, row in enumerate(rows):
         if not row.prompt or not row.completion:
@@ -147,6 +148,10 @@ def score(
 
         for part in gather_object([found]):
             found.update(part)
+    if bad := [i for i, scored in found.items() if not math.isfinite(scored.total)]:
+        raise UserError(
+            f"the model's log-probability of row {bad[0]} is not finite", hint="NaN in its weights, or fp16"
+        )
     return [found[i] for i in range(len(rows))]
 
 

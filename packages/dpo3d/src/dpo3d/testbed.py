@@ -1,6 +1,6 @@
 """The offline world: a tiny language model that sorts digits, with an answer that can be checked.
 
-A prompt is four distinct digits, `3172=`. The supervised model is ambiguous on purpose: 40 % ascending, 40 % descending,
+A prompt is four digits, `3172=`, not all the same. The supervised model is ambiguous on purpose: 40 % ascending, 40 % descending,
 3 % each of the rare styles `1<2<3<7` and `7>3>2>1`, 14 % in any order. Ascending is right, in either style. On-policy
 pairs are the model's own samples; the off-policy halves are the rare styles, whose likelihood is low.
 """
@@ -23,6 +23,30 @@ from dpo3d.pairs import build_pairs
 from dpo3d.scoring import Row, score
 
 PAD, EOS = "[PAD]", "[EOS]"
+METHODS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dpo": (1, {}),
+    "dpo, lr 3e-4": (1, {"learning_rate": 3e-4}),
+    "dpo, lr 1e-4": (1, {"learning_rate": 1e-4}),
+    "dpo, lr 3e-4, beta .5": (1, {"learning_rate": 3e-4, "beta": 0.5}),
+    "dpo, lr 3e-4, beta .03": (1, {"learning_rate": 3e-4, "beta": 0.03}),
+    "flex.02": (1, {"beta_rejected": 0.02}),
+    "flex.01": (1, {"beta_rejected": 0.01}),
+    "sft.05": (1, {"sft_gamma": 0.05}),
+    "flex.02+sft.05": (1, {"beta_rejected": 0.02, "sft_gamma": 0.05}),
+    "dpop": (1, {"loss_type": ["dpop"]}),
+    "cal_dpo": (1, {"loss_type": ["cal_dpo"]}),
+    "ipo": (1, {"loss_type": ["ipo"]}),
+    "hinge": (1, {"loss_type": ["hinge"]}),
+    "nca_pair": (1, {"loss_type": ["nca_pair"]}),
+    "sppo_hard": (1, {"loss_type": ["sppo_hard"]}),
+    "apo_zero": (1, {"loss_type": ["apo_zero"]}),
+    "sigmoid+sft": (1, {"loss_type": ["sigmoid", "sft"]}),
+    "dpo S2": (2, {}),
+    "dpo S3": (3, {}),
+    "dpo S4": (4, {}),
+    "sft.2 S4": (4, {"sft_gamma": 0.2}),
+}
+"""The digit task's named settings: scenario and fields of `FlexDPOConfig`; TRL's own losses run TRL's own code."""
 STYLES = ("ascending", "descending", "rare ascending", "rare descending")
 
 
@@ -38,8 +62,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def all_prompts(seed: int) -> list[str]:
-    """All 5040 prompts, shuffled by the seed."""
-    prompts = sorted("".join(digits) + "=" for digits in itertools.permutations("0123456789", 4))
+    """All 9990 prompts, shuffled by the seed."""
+    prompts = ["".join(d) + "=" for d in itertools.product("0123456789", repeat=4) if len(set(d)) > 1]
     random.Random(seed).shuffle(prompts)
     return prompts
 
@@ -175,7 +199,7 @@ def training_arguments(config: Callable[..., Any], seed: int, folder: str, **fie
     return config(**{**defaults, **fields})
 
 
-def align(model: Any, pairs: Dataset, seed: int, *, prepare: Callable[[Any], None] | None = None, **fields: Any) -> Any:
+def align(model: Any, pairs: Dataset, seed: int, *, prepare: Callable[[Any], Any] | None = None, **fields: Any) -> Any:
     """Train a copy of `model` on pairs; returns the trainer, its model trained.
 
     fields: of `FlexDPOConfig`. prepare: called with the trainer before training, to attach a monitor.

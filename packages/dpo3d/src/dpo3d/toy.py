@@ -7,9 +7,11 @@ All seeds and scenarios of a method are trained at once: their parameters are st
 Shapes: r runs (scenario by seed), p prompts, k answers, t steps.
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any, Literal
 
 import torch
@@ -352,3 +354,38 @@ def outcomes(run: Run) -> list[Outcome]:
             )
         )
     return found
+
+
+def not_reproduced(found: list[Outcome]) -> list[str]:
+    """What the paper's figure 2 says of DPO and these outcomes do not, in sentences with both figures."""
+    text = (files("dpo3d") / "data" / "paper_tables.json").read_text(encoding="utf-8")
+    paper = json.loads(text)["toy"]
+    dpo = {outcome.scenario: outcome for outcome in found if outcome.method == "dpo"}
+    notes = []
+    if len(dpo) > 1:
+        best = max(dpo.values(), key=lambda outcome: outcome.chosen)
+        if best.scenario != 1 and 1 in dpo:
+            notes.append(
+                f"Not reproduced: the paper has S1 best; here S{best.scenario} is ({best.chosen:.2f}, S1 {dpo[1].chosen:.2f})."
+            )
+        for better, worse in ((1, 3), (2, 4)):
+            if better in dpo and worse in dpo:
+                holds = "Reproduced" if dpo[better].chosen > dpo[worse].chosen else "Not reproduced"
+                notes.append(
+                    f"{holds}: an on-policy rejected answer is better with the chosen held fixed, "
+                    f"S{better} {dpo[better].chosen:.2f} against S{worse} {dpo[worse].chosen:.2f}."
+                )
+    for scenario, outcome in dpo.items():
+        peak, final = (paper[key][str(scenario)] for key in ("peak", "final"))
+        notes.append(
+            f"S{scenario}: π+ peaks at {outcome.peak:.2f} and ends at {outcome.chosen:.2f}; "
+            f"the paper's curve, by eye, at {peak:.2f} and {final:.2f}."
+        )
+    flex = {o.scenario: o for o in found if o.method == "flex.02"}
+    if 1 in flex and 1 in dpo and flex[1].log10_rejected < dpo[1].log10_rejected:
+        notes.append(
+            "Not reproduced: Flex-DPO does not tame the rejected answer's drop, it deepens it "
+            f"(S1, log10 π− {flex[1].log10_rejected:.0f} against {dpo[1].log10_rejected:.0f}); "
+            "it helps because the chosen answer keeps a live gradient."
+        )
+    return notes
