@@ -34,7 +34,7 @@ def base() -> LlamaForCausalLM:
 def sorter() -> LlamaForCausalLM:
     """A briefly supervised digit model: it answers in the known styles most of the time."""
     with preserved_rng():
-        return testbed.supervise(0, steps=150)
+        return testbed.supervise(0, steps=300)
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +45,35 @@ def digits() -> Dataset:
         up, down, rare_up, _ = testbed.known_answers(prompt)
         rows.append({"prompt": prompt, "chosen": rare_up if i % 3 == 0 else up, "rejected": down})
     return Dataset.from_list(rows)
+
+
+@pytest.fixture(scope="session")
+def talker(tokenizer: Any) -> Any:
+    """The digit tokenizer with a chat template."""
+    talking = copy.deepcopy(tokenizer)
+    talking.chat_template = (
+        "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    )
+    return talking
+
+
+@pytest.fixture(scope="session")
+def conversation(digits: Dataset) -> Dataset:
+    """The digit pairs as messages."""
+
+    def said(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    return Dataset.from_list(
+        [
+            {
+                "prompt": said("user", row["prompt"][:4]),
+                "chosen": said("assistant", row["chosen"]),
+                "rejected": said("assistant", row["rejected"]),
+            }
+            for row in digits
+        ]
+    )
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,8 @@ def _pick(device: str) -> Any:
             return torch.device(device)
         except RuntimeError as error:
             raise UserError(f"device is '{device}', expected auto, cpu, cuda or the like") from error
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    # Without a driver, `current_accelerator` still names what torch was built for.
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def _load(name: str, device: str) -> tuple[Any, Any]:
@@ -249,8 +250,13 @@ def train(
         typer.echo(training.options_text())
         return
     request = training.Request(output, resume, monitor, monitor_every, probe)
-    result = training.run(context.args, request)
     import os
+    import sys
+    from contextlib import redirect_stdout
+
+    # The trainer prints its log on stdout, which is for results.
+    with redirect_stdout(sys.stderr):
+        result = training.run(context.args, request)
 
     if os.environ.get("RANK", "0") == "0":
         emit(result, json)

@@ -74,7 +74,7 @@ def audit_pairs(
     ref_samples: int = 4,
     ches: bool = True,
     band: bool = False,
-    on_policy_z: float = -2.0,
+    on_policy_z: float = -3.0,
     max_length: int | None = None,
     max_new_tokens: int = 128,
     sample_prompts: int = 128,
@@ -84,8 +84,8 @@ def audit_pairs(
     """Audit preference pairs against the policy they will train.
 
     dataset: any of TRL's formats. ref_samples: own samples for each of `sample_prompts` prompts; their log-likelihoods
-    per token make the pool that z-scores are against. on_policy_z: a half below it is off-policy. ches, band: compute
-    CHES, and the first-order band of each pair (a backward pass each). max_length: what training will cut at, in tokens.
+    per token make the pool that z-scores are against (robust ones: median and median deviation). on_policy_z: a half
+    below it is off-policy. ches, band: compute CHES, and the first-order band of each pair (a backward pass each). max_length: what training will cut at, in tokens.
 
     Raises UserError for an empty dataset, missing columns, or when every pair has an empty half.
     """
@@ -102,7 +102,7 @@ def audit_pairs(
     with evaluating(model):
         chosen = score(model, [pairs[i][0] for i in usable], pad, budget=budget, hidden=ches)
         rejected = score(model, [pairs[i][1] for i in usable], pad, budget=budget, hidden=ches)
-        mean, deviation = _own_likelihood(
+        centre, deviation = _own_likelihood(
             model,
             tokenizer,
             [pairs[i][0].prompt for i in usable],
@@ -119,11 +119,11 @@ def audit_pairs(
     for i, (plus, minus) in enumerate(pairs):
         row: dict[str, Any] = {"index": i, "flags": flags[i], **_shape(plus, minus), "scenario": None}
         if i in found:
-            row |= _likelihood(*found[i], mean, deviation, on_policy_z)
+            row |= _likelihood(*found[i], centre, deviation, on_policy_z)
             row |= ches_scores(*found[i]) if ches else {}
             row |= {"band": bands[i]} if band else {}
         rows.append(row)
-    return AuditReport(rows, _summary(rows, mean, deviation), dataset)
+    return AuditReport(rows, _summary(rows, centre, deviation), dataset)
 
 
 def ches_scores(chosen: Scored, rejected: Scored) -> dict[str, float]:
@@ -150,17 +150,23 @@ def _own_likelihood(
     budget: int,
     seed: int,
 ) -> tuple[float, float]:
-    """Mean and deviation of the log-likelihood per token of the policy's own samples, over `limit` prompts."""
+    """Centre and deviation of the log-likelihood per token of the policy's own samples, over `limit` prompts.
+
+    Median and scaled median deviation: a policy's rare samples have a long tail, in which a mean and a standard deviation
+    hide everything that is off-policy.
+    """
     step = max(len(prompts) // limit, 1)
     some = list(prompts)[::step][:limit]
     drawn = sample(model, some, tokenizer, n=n, max_new_tokens=max_new_tokens, seed=seed)
     rows = [Row(p, answer) for p, group in zip(some, drawn, strict=True) for answer in group if answer]
     values = [s.per_token for s in score(model, rows, pad, budget=budget)]
-    return statistics.fmean(values), max(statistics.pstdev(values), 1e-6)
+    centre = statistics.median(values)
+    # 1.4826 makes it the standard deviation of a normal distribution.
+    return centre, max(1.4826 * statistics.median(abs(v - centre) for v in values), 1e-6)
 
 
-def _likelihood(chosen: Scored, rejected: Scored, mean: float, deviation: float, limit: float) -> dict[str, Any]:
-    z = (chosen.per_token - mean) / deviation, (rejected.per_token - mean) / deviation
+def _likelihood(chosen: Scored, rejected: Scored, centre: float, deviation: float, limit: float) -> dict[str, Any]:
+    z = (chosen.per_token - centre) / deviation, (rejected.per_token - centre) / deviation
     return {
         "logp_chosen": chosen.total,
         "logp_rejected": rejected.total,
@@ -201,8 +207,8 @@ def _flags(
     keys = [(tuple(c.prompt), tuple(c.completion), tuple(r.completion)) for c, r in pairs]
     counts = Counter(keys)
     seen: set[Any] = set()
-    preferred = {(prompt, chosen) for prompt, chosen, _ in keys}
-    dispreferred = {(prompt, rejected) for prompt, _, rejected in keys}
+    preferred = {(prompt, plus) for prompt, plus, minus in keys if plus != minus}
+    dispreferred = {(prompt, minus) for prompt, plus, minus in keys if plus != minus}
     contradicted = preferred & dispreferred
     flags = []
     for key, (chosen, rejected) in zip(keys, pairs, strict=True):
@@ -229,7 +235,7 @@ def _band(model: Any, pair: tuple[Row, Row], pad: int) -> dict[str, float]:
     return {"low": found.low, "high": found.high}
 
 
-def _summary(rows: Sequence[dict[str, Any]], mean: float, deviation: float) -> dict[str, Any]:
+def _summary(rows: Sequence[dict[str, Any]], centre: float, deviation: float) -> dict[str, Any]:
     scenarios = Counter(row["scenario"] for row in rows if row["scenario"])
     total = sum(scenarios.values())
     shares = {name: scenarios[name] / total for name in SCENARIOS.values()}
@@ -241,7 +247,7 @@ def _summary(rows: Sequence[dict[str, Any]], mean: float, deviation: float) -> d
         "scenario": max(shares, key=shares.__getitem__),
         "shares": shares,
         "flags": dict(flags),
-        "own_logp_per_token": mean,
+        "own_logp_per_token": centre,
         "own_logp_deviation": deviation,
         "length_ratio": statistics.median(row["length_ratio"] for row in rows),
         "risk": [row["index"] for row in ranked[: max(len(ranked) // 20, 1)]],

@@ -8,9 +8,11 @@ pairs are the model's own samples; the off-policy halves are the rare styles, wh
 import copy
 import itertools
 import random
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,7 +208,7 @@ def align(model: Any, pairs: Dataset, seed: int, *, prepare: Callable[[Any], Any
     """
     from dpo3d.trl import FlexDPOConfig, FlexDPOTrainer
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         trainer = FlexDPOTrainer(
             copy.deepcopy(model),
