@@ -1,18 +1,27 @@
 """Benchmark of dpo3d: the toy, the digit task on TRL, the monitor and the audit (arXiv 2406.07327).
 
-make bench-dpo3d
+    make bench-dpo3d
+
+Supervised models and the scores of finished runs are kept under results/.partial, the scores with the digest of the
+sources, so that a run that was stopped goes on in the middle of a function.
 """
+# ruff: noqa: E402
 
 import copy
 import functools
+import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+# This script has the package's name, and Python puts its folder first on the path.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
@@ -23,14 +32,14 @@ from dpo3d.diagnostics import audit_pairs
 from dpo3d.monitor import ThreeDMonitor
 from dpo3d.probe import ProbeSet
 from dpo3d.trl import FlexDPOConfig, FlexDPOTrainer
-from tenfold_shared.claims import Claim, run_benchmark, spread
+from tenfold_shared.claims import Claim, run_benchmark, source_digest, spread
 from tenfold_shared.figures import OURS, PEERS, save, style
+from tenfold_shared.hub import replace_atomically
 
 PAPER = "2406.07327"
 RESULTS = Path(__file__).resolve().parent / "results"
 PICTURES = RESULTS / "dpo3d"
-# Supervised models are the same in every function; they are kept while the benchmark is developed and run in parts.
-WORLDS = RESULTS / ".partial" / "dpo3d" / "worlds"
+KEPT = RESULTS / ".partial" / "dpo3d"
 
 torch.set_num_threads(1)
 datasets.disable_progress_bars()
@@ -156,7 +165,7 @@ def toy_bars(seeds: list[int]) -> list[Claim]:
 def supervised(seed: int) -> Any:
     from transformers import LlamaForCausalLM
 
-    folder = WORLDS / str(seed)
+    folder = KEPT / "worlds" / str(seed)
     if not (folder / "config.json").exists():
         testbed.supervise(seed).save_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(folder).eval()
@@ -168,9 +177,18 @@ def pairs_of(seed: int, scenario: int) -> Any:
 
 
 def scores(seed: int, name: str) -> testbed.Scores:
-    scenario, fields = testbed.METHODS[name]
-    trainer = testbed.align(supervised(seed), pairs_of(seed, scenario), seed, **fields)
-    return testbed.measure(trainer.model, testbed.held_out(seed))
+    file = KEPT / f"scores-{source_digest('dpo3d')}" / f"{name}-{seed}.json"
+    if file.exists():
+        return testbed.Scores(**json.loads(file.read_text()))
+    if name in OTHERS:
+        model = other_trainer(seed, name)
+    else:
+        scenario, fields = testbed.METHODS[name]
+        model = testbed.align(supervised(seed), pairs_of(seed, scenario), seed, **fields).model
+    found = testbed.measure(model, testbed.held_out(seed))
+    with replace_atomically(file) as partial:
+        partial.write_text(json.dumps(asdict(found)))
+    return found
 
 
 def table(seeds: list[int], names: list[str]) -> dict[str, list[testbed.Scores]]:
@@ -226,59 +244,55 @@ TRL_NAMES = ["ipo", "hinge", "nca_pair", "sppo_hard", "apo_zero", "sigmoid+sft"]
 TUNED = ["dpo, lr 3e-4", "dpo, lr 1e-4", "dpo, lr 3e-4, beta .5", "dpo, lr 3e-4, beta .03"]
 
 
-def other_trainers(seed: int) -> dict[str, testbed.Scores]:
-    """KTO, SimPO and ORPO by TRL's own trainers, on the same pairs and budget."""
+OTHERS = ["TRL KTO", "TRL SimPO", "TRL ORPO"]
+
+
+def other_trainer(seed: int, name: str) -> Any:
+    """KTO, SimPO or ORPO by TRL's own trainer, on the same pairs and budget; returns the trained model."""
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
     from trl.experimental.cpo import CPOConfig, CPOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    pairs, found = pairs_of(seed, 1), {}
-    halves = [
-        {"prompt": r["prompt"], "completion": r[h], "label": h == "chosen"}
-        for r in pairs
-        for h in ("chosen", "rejected")
-    ]
-    ended = pairs.map(lambda r: {h: r[h] + testbed.EOS for h in ("chosen", "rejected")}, keep_in_memory=True)
-    plans: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
-        "TRL KTO": (KTOTrainer, KTOConfig, Dataset.from_list(halves), {"per_device_train_batch_size": 64}),
-        "TRL SimPO": (
-            CPOTrainer,
-            CPOConfig,
-            ended,
-            {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
-        ),
-        "TRL ORPO": (ORPOTrainer, ORPOConfig, ended, {"beta": 1.0}),
-    }
-    for name, (trainer_class, config_class, data, fields) in plans.items():
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            args = testbed.training_arguments(config_class, seed, folder, **fields)
-            reference = {"ref_model": copy.deepcopy(supervised(seed))} if trainer_class is KTOTrainer else {}
-            trainer = trainer_class(
-                model=copy.deepcopy(supervised(seed)),
-                args=args,
-                train_dataset=data,
-                processing_class=testbed.make_tokenizer(),
-                **reference,
-            )
-            trainer.train()
-        found[name] = testbed.measure(trainer.model.eval(), testbed.held_out(seed))
-    return found
+    pairs = pairs_of(seed, 1)
+    extra: dict[str, Any] = {}
+    if name == "TRL KTO":
+        rows = [
+            {"prompt": r["prompt"], "completion": r[h], "label": h == "chosen"}
+            for r in pairs
+            for h in ("chosen", "rejected")
+        ]
+        trainer_class, config_class, data = KTOTrainer, KTOConfig, Dataset.from_list(rows)
+        fields: dict[str, Any] = {"per_device_train_batch_size": 64}
+        extra["ref_model"] = copy.deepcopy(supervised(seed))
+    elif name == "TRL SimPO":
+        trainer_class, config_class, data = CPOTrainer, CPOConfig, pairs
+        fields = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0}
+    else:
+        trainer_class, config_class, data, fields = ORPOTrainer, ORPOConfig, pairs, {"beta": 1.0}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args = testbed.training_arguments(config_class, seed, folder, **fields)
+        trainer = trainer_class(
+            model=copy.deepcopy(supervised(seed)),
+            args=args,
+            train_dataset=data,
+            processing_class=testbed.make_tokenizer(),
+            **extra,
+        )
+        trainer.train()
+    return trainer.model.eval()
 
 
 def digits_remedies(seeds: list[int]) -> list[Claim]:
     """Our remedies against every option of TRL, tuned DPO beside the default."""
     start = [testbed.measure(supervised(seed), testbed.held_out(seed)) for seed in seeds]
-    found = table(seeds, ["dpo", *TUNED, *OURS_NAMES, *TRL_NAMES])
-    others = [other_trainers(seed) for seed in seeds]
-    for name in others[0]:
-        found[name] = [rows[name] for rows in others]
+    found = table(seeds, ["dpo", *TUNED, *OURS_NAMES, *TRL_NAMES, *OTHERS])
     accuracy = accuracies(found)
     peers = {n: accuracy[n] for n in accuracy if n not in OURS_NAMES}
     best_ours, best_trl = (
         max(OURS_NAMES, key=accuracy.__getitem__),
-        max([*TRL_NAMES, *others[0]], key=accuracy.__getitem__),
+        max([*TRL_NAMES, *OTHERS], key=accuracy.__getitem__),
     )
     best_dpo = max(["dpo", *TUNED], key=accuracy.__getitem__)
     picture(found, start)
