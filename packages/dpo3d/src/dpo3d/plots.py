@@ -125,7 +125,6 @@ def _probed_panels(plt: Any, history: Sequence[Record]) -> list[tuple[str, Any]]
     axes[1].plot(steps, _numbers(series("chosen_drawdown")), label="chosen's drawdown, nats/token")
     axes[1].axhline(0, color="#999", linewidth=0.8)
     axes[1].set(title="degradation", xlabel="step")
-    axes[1].legend(fontsize=8)
     for key, label in (
         ("off_pair_mass", "mass outside the known answers"),
         ("self_ref_logp", "log π0 of fresh samples, nats/token"),
@@ -135,7 +134,8 @@ def _probed_panels(plt: Any, history: Sequence[Record]) -> list[tuple[str, Any]]
         if any(value is not None for value in series(key)):
             axes[2].plot(steps, _numbers(series(key)), label=label)
     axes[2].set(title="dispersion", xlabel="step", yscale="symlog")
-    axes[2].legend(fontsize=8)
+    for axis in axes[1:]:
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     gradients, axes = plt.subplots(1, 2, figsize=(10, 3))
     for axis, suffix, title in ((axes[0], "", "log |∂ℓ/∂π|"), (axes[1], "_per_token", "log |∂ℓ/∂π| per token")):
         axis.plot(steps, series(f"log_grad_chosen{suffix}"), label="chosen", color=PEERS[0])
