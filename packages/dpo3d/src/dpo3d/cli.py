@@ -54,7 +54,7 @@ def toy(
     seeds: Annotated[int, typer.Option(help="Seeds per scenario.", min=1)] = 4,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 600,
     width: Annotated[int, typer.Option(help="Hidden units.")] = 64,
-    activation: Annotated[str, typer.Option(help="relu, gelu or tanh; the pathology depends on it.")] = "relu",
+    activation: Annotated[str, typer.Option(help="relu, gelu or tanh.")] = "relu",
     optimizer: Annotated[str, typer.Option(help="adam or sgd.")] = "adam",
     seed: Seed = 0,
     output: Output = Path("out/toy"),

@@ -256,7 +256,7 @@ def _summary(rows: Sequence[dict[str, Any]], centre: float, deviation: float) ->
 
 
 def _advice(shares: dict[str, float]) -> dict[str, Any]:
-    """γ and β− to start with, and why; the figures are those of the digit task at β = 0.1."""
+    """γ per sequence and β− to start with at β = 0.1, and why: settings of the digit task, short answers."""
     off_chosen, off_rejected = shares["S2"] + shares["S4"], shares["S3"] + shares["S4"]
     if off_chosen > 0.5:
         why = "chosen answers are off-policy: plain DPO loses them, so anchor them, or sample pairs from the policy"

@@ -124,7 +124,7 @@ def iterate(
 
     train: `(model, pairs, round) -> model`. options: of `build_pairs`.
 
-    On the digit task rounds alone did not cure plain DPO; combine them with γ or a smaller β−.
+    Renewing pairs at every step cures DPO in the toy; that a few rounds do so for a language model is not shown here.
     """
     for i in range(rounds):
         pairs = build_pairs(model, tokenizer, prompts, scorer, seed=seed + i, **options)

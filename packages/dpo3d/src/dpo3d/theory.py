@@ -132,8 +132,7 @@ class Band:
 def displacement_band(chosen_chosen: float, chosen_rejected: float, rejected_rejected: float) -> Band:
     """The first-order band from ⟨g+, g+⟩, ⟨g+, g−⟩ and ⟨g−, g−⟩, with g± the parameter gradients of log π±.
 
-    A diagnostic, not a cure: keeping β+/β− inside it at every step hardly changes the end of a run, since Adam and
-    saturation cause the stagnation, not first-order displacement.
+    A diagnostic: it is first-order and for plain gradient steps, so Adam and saturation are outside it.
 
     Raises UserError when a norm is not positive.
     """
