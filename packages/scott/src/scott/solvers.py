@@ -143,6 +143,7 @@ class SDESolver:
             noise.check(self.schedule)
         self.kind, self.noise, self.eta, self.substeps = kind, noise, eta, substeps
         self._custom, self._strength = r, strength
+        self._phi: dict[torch.device, Tensor] = {}
 
     def coefficient(self, t: Tensor, s: Tensor) -> Tensor:
         """r of the step from t to s, float64 (*batch). t, s: long (*batch), s ≤ t, s = −1 for clean data.
@@ -161,7 +162,8 @@ class SDESolver:
 
     def _unscaled(self, t: Tensor, s: Tensor, lam_t: Tensor, lam_s: Tensor, ode: Tensor) -> Tensor:
         if self.kind == "er-sde":
-            return self.noise.phi(lam_s) / self.noise.phi(lam_t)
+            phi = self._phi_table(t.device)
+            return phi[s + 1] / phi[t + 1]
         if self.kind == "renoise":
             return torch.zeros_like(ode)
         if self.kind == "gamma":
@@ -181,6 +183,12 @@ class SDESolver:
                 f"s = {int(s.flatten()[i])}, expected 0 to λ_s/λ_t = {float(ode.flatten()[i]):.6g}"
             )
         return r
+
+    def _phi_table(self, device: torch.device) -> Tensor:
+        """φ(λ_t) for t = −1, 0, 1, ..., so that a step looks two numbers up."""
+        if device not in self._phi:
+            self._phi[device] = self.noise.phi(self.schedule.lam(torch.arange(-1, self.schedule.timesteps, device=device)))
+        return self._phi[device]
 
     def fresh_noise(self, t: Tensor, s: Tensor) -> Tensor:
         """Standard deviation of the noise that the step from t to s adds, float64 (*batch)."""
