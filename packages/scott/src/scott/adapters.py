@@ -4,6 +4,7 @@ Frozen weights are shared, so the memory of a run is that of one model plus its 
 the untouched teacher's, bit for bit, whatever the adapters have learnt.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -63,8 +64,9 @@ class AdapterStates:
         ]
         if not targets:
             raise UserError(f"{type(self.unet).__name__} has no layer to adapt", hint="expected a diffusers U-Net")
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(seed)
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), self.unet, name)
         own = [(path, p) for path, p in self.unet.named_parameters() if f".{name}." in path]
         for _, parameter in own:

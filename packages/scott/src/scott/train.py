@@ -42,7 +42,7 @@ from scott.consistency import (
     update_average,
 )
 from scott.data import LatentDataset
-from scott.discriminator import LoRADiscriminator
+from scott.discriminator import DISCRIMINATOR, LoRADiscriminator
 from scott.sample import multistep
 from scott.schedule import NoiseSchedule
 from scott.solvers import NoiseStrength, PredictX0, SDESolver, draw
@@ -129,11 +129,6 @@ class SCottTrainer:
         if config.gradient_checkpointing:
             for model in {id(m): m for m in (self.unet, self.student_unet)}.values():
                 model.enable_gradient_checkpointing()
-                # diffusers checkpoints only in training mode; dropout, the other thing this switches, stays off.
-                model.train()
-                for module in model.modules():
-                    if isinstance(module, nn.Dropout):
-                        module.eval()
 
     @property
     def device(self) -> torch.device:
@@ -256,8 +251,6 @@ class SCottTrainer:
             terms["d"] = float(verdict.detach())
             if config.r1 > 0:
                 verdict = verdict + config.r1 * r1_penalty(real_score, real).sum()
-            from scott.discriminator import DISCRIMINATOR
-
             self.states.use(DISCRIMINATOR)
             (verdict * scale).backward()
         return terms
