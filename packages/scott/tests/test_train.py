@@ -10,12 +10,16 @@ SMALL = {"rank": 2, "disc_rank": 2, "batch": 4, "iterations": 4, "checkpoint_eve
 
 
 def digits_like(n=8, channels=1):
-    return LatentDataset.of(torch.randn(n, channels, 8, 8, generator=torch.Generator().manual_seed(3)), [i % 4 for i in range(n)])
+    return LatentDataset.of(
+        torch.randn(n, channels, 8, 8, generator=torch.Generator().manual_seed(3)), [i % 4 for i in range(n)]
+    )
 
 
 def class_trainer(unet, **settings):
     config = SCottConfig(**{**SMALL, "guidance": 1.0, **settings})
-    return SCottTrainer(unet, config, schedule=NoiseSchedule.stable_diffusion(), conditioner=ClassConditioner(5, null=4))
+    return SCottTrainer(
+        unet, config, schedule=NoiseSchedule.stable_diffusion(), conditioner=ClassConditioner(5, null=4)
+    )
 
 
 def test_smoke(class_unet, sd, tmp_path):

@@ -37,7 +37,9 @@ def _pipeline(model: str | None, device: str) -> Any:
     from tenfold_shared.hub import load_pipeline
 
     if not model:
-        raise UserError("no teacher given", hint="pass --model with a hub id or a folder, or `model:` in the configuration")
+        raise UserError(
+            "no teacher given", hint="pass --model with a hub id or a folder, or `model:` in the configuration"
+        )
     pipe = load_pipeline(model)
     if getattr(pipe, "unet", None) is None:
         raise UserError(f"'{model}' has no U-Net", hint="expected a Stable Diffusion 1.5 or XL pipeline")
@@ -45,7 +47,10 @@ def _pipeline(model: str | None, device: str) -> Any:
     return pipe.to(device)
 
 
-@app.command("prepare-latents", epilog="Example: scott prepare-latents photos --model runwayml/stable-diffusion-v1-5 --output latents")
+@app.command(
+    "prepare-latents",
+    epilog="Example: scott prepare-latents photos --model runwayml/stable-diffusion-v1-5 --output latents",
+)
 def prepare_latents(
     images: Annotated[str, typer.Argument(help="Folder of images, webdataset tar, or data set of the hub.")],
     model: Model = None,
@@ -69,7 +74,9 @@ def prepare_latents(
     emit({"latents": len(dataset), "shape": "x".join(map(str, dataset[0][0].shape)), "folder": str(output)}, json)
 
 
-@app.command(epilog="Example: scott train --config sd15.yaml --output student   (sd15.yaml: model, dataset and any setting of SCottConfig)")
+@app.command(
+    epilog="Example: scott train --config sd15.yaml --output student   (sd15.yaml: model, dataset and any setting of SCottConfig)"
+)
 def train(
     config: Annotated[Path, typer.Option(help="YAML or JSON with the settings of SCottConfig.", dir_okay=False)],
     model: Model = None,
@@ -112,7 +119,9 @@ def train(
         emit({"iterations": trainer.step, **{f"loss {k}": v for k, v in last.items()}, "student": str(output)}, json)
 
 
-@app.command(epilog='Example: scott sample --model runwayml/stable-diffusion-v1-5 --student student --prompt "a red bus" --steps 1 2 4 8')
+@app.command(
+    epilog='Example: scott sample --model runwayml/stable-diffusion-v1-5 --student student --prompt "a red bus" --steps 1 2 4 8'
+)
 def sample(
     more: More = None,
     model: Model = None,
@@ -172,7 +181,10 @@ def _json(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-@app.command("eval", epilog="Example: scott eval --real photos --fake samples/steps-2 --features openai/clip-vit-base-patch32 --metrics frechet clip coverage")
+@app.command(
+    "eval",
+    epilog="Example: scott eval --real photos --fake samples/steps-2 --features openai/clip-vit-base-patch32 --metrics frechet clip coverage",
+)
 def evaluate(
     more: More = None,
     real: Annotated[Path | None, typer.Option(help="Folder of real images.")] = None,
@@ -202,7 +214,9 @@ def evaluate(
     images, captions = folder_images(fake)
     extractor = Features(features, device=_device(device))
     if "clip" in wanted and not all(captions):
-        raise UserError("the CLIP score needs a caption for every sample", hint="metadata.jsonl with file_name and text")
+        raise UserError(
+            "the CLIP score needs a caption for every sample", hint="metadata.jsonl with file_name and text"
+        )
     texts = extractor.texts(captions) if "clip" in wanted else None
     ours = extractor.images(images)
     theirs = extractor.images(folder_images(real)[0]) if needs_real and real is not None else None
@@ -225,7 +239,9 @@ def evaluate(
 @app.command(epilog="Example: scott convert student --to kohya --output converted")
 def convert(
     student: Annotated[Path, typer.Argument(help="Folder that training wrote.")],
-    to: Annotated[str, typer.Option(help="kohya: the LoRA for other programs; pipeline: a whole pipeline, LoRA fused.")] = "kohya",
+    to: Annotated[
+        str, typer.Option(help="kohya: the LoRA for other programs; pipeline: a whole pipeline, LoRA fused.")
+    ] = "kohya",
     model: Model = None,
     output: Output = Path("converted"),
     json: Json = False,
@@ -268,7 +284,10 @@ def solver_check(
         schedule = NoiseSchedule.from_scheduler(load_pipeline(model, DDIMScheduler, subfolder="scheduler"))
     found = check(schedule, noises=noise or list(NOISE_FUNCTIONS), steps=counts, n=samples, seed=seed)
     rows = [[r.noise, r.steps, r.error, r.floor, r.error / r.floor] for r in found]
-    emit(Table("Marginal error on the exact mixture (sliced W2)", ["noise", "steps", "error", "floor", "ratio"], rows), json)
+    emit(
+        Table("Marginal error on the exact mixture (sliced W2)", ["noise", "steps", "error", "floor", "ratio"], rows),
+        json,
+    )
 
 
 @app.command(epilog="Example: scott bench toy --solver er-sde --noise sde5 --substeps 3 --no-gan")

@@ -124,6 +124,8 @@ def guidance_embedding(guidance: Tensor, dim: int = 256) -> Tensor:
 
     guidance: (batch). Returns (batch, dim), float32.
     """
-    rates = torch.exp(torch.arange(dim // 2, device=guidance.device) * (-torch.log(torch.tensor(10000.0)).item() / (dim // 2 - 1)))
+    rates = torch.exp(
+        torch.arange(dim // 2, device=guidance.device) * (-torch.log(torch.tensor(10000.0)).item() / (dim // 2 - 1))
+    )
     angle = 1000 * (guidance.float() - 1)[:, None] * rates
     return torch.cat([angle.sin(), angle.cos()], 1)

@@ -50,7 +50,9 @@ class SCottConfig(BaseModel):
     lr_schedule: Literal["constant", "cosine"] = "constant"
     max_grad_norm: float = Field(1.0, gt=0)
 
-    data: Literal["latents", "teacher"] = Field("latents", description="teacher: samples of the teacher take the data's place")
+    data: Literal["latents", "teacher"] = Field(
+        "latents", description="teacher: samples of the teacher take the data's place"
+    )
     teacher_steps: int = Field(50, ge=1)
     teacher_samples: int = Field(1024, ge=1)
 
@@ -89,7 +91,9 @@ class SCottConfig(BaseModel):
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is neither YAML nor JSON", hint="see `scott train --help` for an example") from error
+            raise UserError(
+                f"{path} is neither YAML nor JSON", hint="see `scott train --help` for an example"
+            ) from error
         if not isinstance(content, dict):
             raise UserError(f"{path} holds no settings", hint="expected lines such as `substeps: 3`")
         return cls.of(content)

@@ -108,5 +108,3 @@ def update_average(average: list[Tensor], current: list[Tensor], decay: float) -
     """θ⁻ ← decay θ⁻ + (1 − decay) θ, in place."""
     with torch.no_grad():
         torch._foreach_lerp_(average, current, 1 - decay)
-
-

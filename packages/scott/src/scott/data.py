@@ -198,7 +198,9 @@ def _read_datasets(source: str) -> Iterator[tuple[Any, str | int]]:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"'{source}' is no folder here", hint="for tars and hub ids: pip install scott[datasets]") from error
+        raise UserError(
+            f"'{source}' is no folder here", hint="for tars and hub ids: pip install scott[datasets]"
+        ) from error
     try:
         if source.endswith(".tar"):
             rows = datasets.load_dataset("webdataset", data_files=source, split="train", streaming=True)
@@ -214,7 +216,9 @@ def _read_datasets(source: str) -> Iterator[tuple[Any, str | int]]:
         raise
     except Exception as error:
         # datasets raises a class of its own for each builder and file system.
-        raise UserError(f"'{source}' is neither a folder here nor a data set that could be read ({_first(error)})") from error
+        raise UserError(
+            f"'{source}' is neither a folder here nor a data set that could be read ({_first(error)})"
+        ) from error
 
 
 def _first(error: Exception) -> str:

@@ -15,7 +15,9 @@ STEPS = (1, 2, 4, 8)
 ITERATIONS = 1200
 
 
-def run(output: Path, seed: int, *, iterations: int = ITERATIONS, progress: Callable[[str], None] | None = None) -> Table:
+def run(
+    output: Path, seed: int, *, iterations: int = ITERATIONS, progress: Callable[[str], None] | None = None
+) -> Table:
     """Distil, sample, measure, draw; writes the picture and summary.json and returns the table.
 
     progress: called with a line before each method.
@@ -35,7 +37,10 @@ def run(output: Path, seed: int, *, iterations: int = ITERATIONS, progress: Call
         [
             [
                 steps,
-                *(f"{s['sw2']:.3f} / {s['coverage']:.2f} / {s['far']:.2f}" for s in (scores[m, steps] for m in METHODS)),
+                *(
+                    f"{s['sw2']:.3f} / {s['coverage']:.2f} / {s['far']:.2f}"
+                    for s in (scores[m, steps] for m in METHODS)
+                ),
                 verdict(scores["SCott", steps], scores["ODE + GAN", steps]),
                 verdict(scores["SCott", steps], scores["LCM", steps]),
             ]

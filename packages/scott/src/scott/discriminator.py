@@ -35,9 +35,7 @@ class LoRADiscriminator(nn.Module):
         super().__init__()
         # In a list, so that the U-Net does not become a sub-module whose parameters would be ours.
         self._states = [states if isinstance(states, AdapterStates) else AdapterStates(states)]
-        self.lora = nn.ParameterList(
-            self.states.add(DISCRIMINATOR, rank, layers=layers, decoder_only=True, seed=seed)
-        )
+        self.lora = nn.ParameterList(self.states.add(DISCRIMINATOR, rank, layers=layers, decoder_only=True, seed=seed))
         channels = self.states.unet.conv_out.in_channels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -48,7 +48,9 @@ class Features:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Features of texts. Raises UserError when the model is not a CLIP."""
         if self._model is None or not self.is_clip:
-            raise UserError(f"'{self.name}' has no text features", hint="the CLIP score needs --features with a CLIP model")
+            raise UserError(
+                f"'{self.name}' has no text features", hint="the CLIP score needs --features with a CLIP model"
+            )
         parts = []
         for group in _groups(texts):
             inputs = self._tokenizer(list(group), padding=True, truncation=True, return_tensors="pt").to(self.device)

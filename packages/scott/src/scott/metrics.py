@@ -36,7 +36,9 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 def _radii(points: Tensor, k: int) -> Tensor:
     """Distance to the k-th nearest other point, (N)."""
     # The nearest of the k + 1 is the point itself.
-    return torch.cat([_distances(rows, points).topk(k + 1, largest=False).values[:, -1] for rows in points.split(CHUNK)])
+    return torch.cat(
+        [_distances(rows, points).topk(k + 1, largest=False).values[:, -1] for rows in points.split(CHUNK)]
+    )
 
 
 def prdc(real: Tensor, fake: Tensor, *, k: int = 5) -> dict[str, float]:

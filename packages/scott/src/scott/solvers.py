@@ -187,7 +187,9 @@ class SDESolver:
     def _phi_table(self, device: torch.device) -> Tensor:
         """φ(λ_t) for t = −1, 0, 1, ..., so that a step looks two numbers up."""
         if device not in self._phi:
-            self._phi[device] = self.noise.phi(self.schedule.lam(torch.arange(-1, self.schedule.timesteps, device=device)))
+            self._phi[device] = self.noise.phi(
+                self.schedule.lam(torch.arange(-1, self.schedule.timesteps, device=device))
+            )
         return self._phi[device]
 
     def fresh_noise(self, t: Tensor, s: Tensor) -> Tensor:

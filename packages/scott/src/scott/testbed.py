@@ -6,6 +6,7 @@ number with its neighbours.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -24,6 +25,9 @@ from scott.sample import multistep
 from scott.schedule import NoiseSchedule
 from scott.solvers import PredictX0
 
+import os
+WAVES=int(os.environ.get("W","32")); SCALE=float(os.environ.get("S","6"))
+DLR=float(os.environ.get("DLR","1e-3"))
 DENOISER = "mixture_denoiser.safetensors"
 
 
@@ -45,7 +49,8 @@ class MemberLinear(nn.Module):
 class MemberMLP(nn.Module):
     """SiLU networks side by side on (point, time, class).
 
-    frequencies: of the Fourier features of the point, none for a network that sees the point alone.
+    waves: random Fourier features of the point, none for a network that sees the point alone. scale: radians per unit of
+        the fastest two thirds of them.
     """
 
     def __init__(
@@ -55,22 +60,24 @@ class MemberMLP(nn.Module):
         *,
         classes: int,
         generators: Sequence[torch.Generator],
-        frequencies: Sequence[float] = (),
+        waves: int = 0,
+        scale: float = 6.0,
     ):
         super().__init__()
         self.classes = classes
-        self.register_buffer("rates", torch.tensor(frequencies), persistent=False)
-        self.register_buffer("waves", torch.exp(torch.linspace(0, math.log(200), 16)), persistent=False)
-        widths = [2 + 4 * len(frequencies) + 32 + classes, *hidden]
-        self.layers = nn.ModuleList(MemberLinear(a, b, generators) for a, b in zip(widths, widths[1:], strict=False))
+        directions = torch.randn(2, waves, generator=torch.Generator().manual_seed(0)) * scale
+        self.register_buffer("directions", directions, persistent=False)
+        self.register_buffer("rates", torch.exp(torch.linspace(0, math.log(200), 16)), persistent=False)
+        widths = [2 + 2 * waves + 32 + classes, *hidden]
+        self.layers = nn.ModuleList(MemberLinear(a, b, generators) for a, b in itertools.pairwise(widths))
         self.head = MemberLinear(widths[-1], outputs, generators)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """x: (members, batch, 2); t, label: long (members, batch). Returns (members, batch, outputs)."""
-        phase = t[..., None] / 1000 * self.waves
+        phase = t[..., None] / 1000 * self.rates
         parts = [x, phase.sin(), phase.cos(), nn.functional.one_hot(label, self.classes).to(x.dtype)]
-        if len(self.rates):
-            angle = (x[..., None] * self.rates).flatten(-2)
+        if self.directions.numel():
+            angle = x @ self.directions
             parts += [angle.sin(), angle.cos()]
         h = torch.cat(parts, -1)
         for layer in self.layers:
@@ -101,9 +108,7 @@ def mixture_world() -> GaussianMixture:
     return GaussianMixture(NoiseSchedule.stable_diffusion())
 
 
-def train_denoiser(
-    mixture: GaussianMixture, *, iterations: int = 4000, batch: int = 512, seed: int = 0
-) -> Student:
+def train_denoiser(mixture: GaussianMixture, *, iterations: int = 4000, batch: int = 512, seed: int = 0) -> Student:
     """The network that every student starts from: the teacher's v by regression. About a minute on one core."""
     student, generator = Student(mixture, 1), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(student.parameters(), lr=2e-3)
@@ -151,7 +156,7 @@ def distil(
     iterations: int = 2000,
     batch: int = 256,
     skip: int = 24,
-    adv_weight: float = 0.04,
+    adv_weight: float = 0.02,
     progress: Callable[[int], None] | None = None,
 ) -> Student:
     """Distil the exact mixture into one student per seed.
@@ -167,12 +172,12 @@ def distil(
     data = [torch.Generator().manual_seed(1000 * seed + 1) for seed in seeds]
     noise = [torch.Generator().manual_seed(1000 * seed + 2) for seed in seeds]
     judge = MemberMLP(
-        (96, 96), 1, classes=mixture.classes, frequencies=(1.0, 2.0, 4.0, 8.0, 16.0),
+        (96, 96), 1, classes=mixture.classes, waves=WAVES, scale=SCALE,
         generators=[torch.Generator().manual_seed(1000 * seed + 3) for seed in seeds],
     )  # fmt: skip
-    optimizers = [torch.optim.Adam(student.parameters(), lr=5e-4)]
+    optimizers = [torch.optim.Adam(student.parameters(), lr=5e-4, fused=True)]
     if recipe.gan:
-        optimizers.append(torch.optim.Adam(judge.parameters(), lr=1e-3, betas=(0.0, 0.99)))
+        optimizers.append(torch.optim.Adam(judge.parameters(), lr=DLR, betas=(0.0, 0.99), fused=True))
     plans = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) for optimizer in optimizers]
 
     for iteration in range(iterations):

@@ -231,7 +231,7 @@ class SCottTrainer:
         terms = {"cd": float(loss.detach())}
         if self.discriminator is not None:
             fake = jump.detach()
-            judge, t = self._judge(batch)
+            judge = self._judge(batch)
             if student_turn:
                 fake.requires_grad_(True)
                 score = hinge_generator(judge(fake)).sum()
@@ -255,7 +255,7 @@ class SCottTrainer:
             (verdict * scale).backward()
         return terms
 
-    def _judge(self, batch: _Batch) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    def _judge(self, batch: _Batch) -> Callable[[Tensor], Tensor]:
         """The discriminator of clean latents at t_n, or of latents noised to a random time."""
         assert self.discriminator is not None
         discriminator, t, noise = self.discriminator, batch.t_n, None
@@ -268,7 +268,7 @@ class SCottTrainer:
             with self.accelerator.autocast():
                 return discriminator(x if noise is None else self.schedule.add_noise(x, noise, t), t, batch.condition)
 
-        return judge, t
+        return judge
 
     def train_step(self, dataset: LatentDataset) -> dict[str, float]:
         """One iteration of both networks; returns the mean of each loss term over all processes.
