@@ -175,7 +175,7 @@ def distil(
         (96, 96), 1, classes=mixture.classes, waves=WAVES, scale=SCALE,
         generators=[torch.Generator().manual_seed(1000 * seed + 3) for seed in seeds],
     )  # fmt: skip
-    optimizers = [torch.optim.Adam(student.parameters(), lr=5e-4, fused=True)]
+    optimizers = [torch.optim.Adam(student.parameters(), lr=float(os.environ.get('SLR','5e-4')), fused=True)]
     if recipe.gan:
         optimizers.append(torch.optim.Adam(judge.parameters(), lr=DLR, betas=(0.0, 0.99), fused=True))
     plans = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) for optimizer in optimizers]

@@ -235,8 +235,9 @@ class SCottTrainer:
             if student_turn:
                 fake.requires_grad_(True)
                 score = hinge_generator(judge(fake)).sum()
-                # The gradient is taken up to the student's output, so that checkpointed layers are recomputed with the
-                # adapter they were first run with.
+                # The gradient is taken in two parts, because checkpointed layers are recomputed in the state that is on
+                # at that moment, and it must be the one they were first run with.
+                self.states.use(DISCRIMINATOR)
                 (push,) = torch.autograd.grad(score, fake)
                 loss = loss + config.adv_weight * (jump * push).sum()
                 terms["g"] = float(score.detach())
