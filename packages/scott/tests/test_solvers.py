@@ -141,7 +141,9 @@ def test_batched_times_equal_single_ones(schedule):
     generators = [torch.Generator().manual_seed(i) for i in range(5)]
     together = solver.solve(z, t_n, t_m, mixing, generator=generators)
     for i in range(5):
-        alone = solver.solve(z[i : i + 1], t_n[i : i + 1], t_m[i : i + 1], mixing, generator=[torch.Generator().manual_seed(i)])
+        alone = solver.solve(
+            z[i : i + 1], t_n[i : i + 1], t_m[i : i + 1], mixing, generator=[torch.Generator().manual_seed(i)]
+        )
         assert torch.equal(together[i : i + 1], alone)
 
 

@@ -25,7 +25,9 @@ def dataset(n=8, channels=1):
 
 def class_trainer(unet, **settings):
     config = SCottConfig(**{**SMALL, "guidance": 1.0, **settings})
-    return SCottTrainer(unet, config, schedule=NoiseSchedule.stable_diffusion(), conditioner=ClassConditioner(5, null=4))
+    return SCottTrainer(
+        unet, config, schedule=NoiseSchedule.stable_diffusion(), conditioner=ClassConditioner(5, null=4)
+    )
 
 
 def weights(trainer):
@@ -81,7 +83,9 @@ def test_the_discriminator_has_its_lora_in_the_decoder_alone(class_unet):
     assert len(list(discriminator.parameters())) == len(named) + len(list(discriminator.head.parameters()))
     few = AdapterStates(with_fresh(class_unet))
     assert len(few.add("a", 2, layers="attention")) < len(few.add("b", 2))
-    scores = discriminator(torch.randn(3, 1, 8, 8), torch.tensor([5, 500, 999]), {"class_labels": torch.tensor([0, 1, 2])})
+    scores = discriminator(
+        torch.randn(3, 1, 8, 8), torch.tensor([5, 500, 999]), {"class_labels": torch.tensor([0, 1, 2])}
+    )
     assert scores.shape == (3,)
     scores.sum().backward()
     assert all(p.grad is not None for p in discriminator.parameters())
@@ -136,7 +140,10 @@ def test_resumed_training_ends_with_the_same_weights(class_unet, tmp_path):
     with pytest.raises(Stop):
         first.fit(dataset(), output=tmp_path / "stopped", progress=stop)
     resumed = SCottTrainer.resume(
-        tmp_path / "stopped", fresh(), schedule=NoiseSchedule.stable_diffusion(), conditioner=ClassConditioner(5, null=4)
+        tmp_path / "stopped",
+        fresh(),
+        schedule=NoiseSchedule.stable_diffusion(),
+        conditioner=ClassConditioner(5, null=4),
     )
     assert resumed.step == 2
     resumed.fit(dataset())
@@ -257,7 +264,13 @@ def test_killed_and_resumed_from_the_command_line(sd_folder, images, tmp_path):
     """kill -9 in the middle, --resume, and the weights of the run that nobody disturbed."""
     from safetensors.torch import load_file
 
-    settings = {**SMALL, "iterations": 6, "guidance": 2.0, "model": str(sd_folder), "dataset": str(tmp_path / "latents")}
+    settings = {
+        **SMALL,
+        "iterations": 6,
+        "guidance": 2.0,
+        "model": str(sd_folder),
+        "dataset": str(tmp_path / "latents"),
+    }
     latents = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     _write(tmp_path / "latents", latents, [f"image {i}" for i in range(6)])
     config = tmp_path / "config.json"
@@ -270,7 +283,9 @@ def test_killed_and_resumed_from_the_command_line(sd_folder, images, tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     for name, extra in (("a", []), ("b", ["--resume"])):
-        done = subprocess.run([*base, "--output", str(tmp_path / name), *extra], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            [*base, "--output", str(tmp_path / name), *extra], env=env, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-2000:]
     a, b = (load_file(tmp_path / name / "checkpoint" / "state.safetensors") for name in ("a", "b"))
     assert set(a) == set(b) and all(torch.equal(a[key], b[key]) for key in a)

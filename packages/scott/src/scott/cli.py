@@ -299,7 +299,7 @@ def bench(
     substeps: Annotated[int, typer.Option(min=1)] = 3,
     noise_below: Annotated[int | None, typer.Option(help="Noise only below this time step.", min=1)] = None,
     gan: Annotated[bool, typer.Option("--gan/--no-gan", help="With the discriminator.")] = True,
-    iterations: Annotated[int | None, typer.Option(help="2000 for toy, 300 for digits when not given.", min=1)] = None,
+    iterations: Annotated[int | None, typer.Option(help="1000 for toy, 100 for digits when not given.", min=1)] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -311,12 +311,12 @@ def bench(
     if world == "toy":
         from scott.testbed import distil, measure, samples
 
-        student = distil(recipe, [seed], iterations=iterations or 2000)
+        student = distil(recipe, [seed], iterations=iterations or 1000)
         rows = [measure(samples(student, [seed], steps=count)[0], seed=seed) for count in (1, 2, 4, 8)]
     elif world == "digits":
         from scott import digits
 
-        trainer = digits.distil(recipe, seed, iterations=iterations or 300)
+        trainer = digits.distil(recipe, seed, iterations=iterations or 100)
         labels = digits.digits()[1].tolist()
         rows = [digits.measure(trainer.sample(labels, steps=count, seed=seed)) for count in (1, 2, 4, 8)]
     else:

@@ -12,7 +12,7 @@ from scott.testbed import distil, measure, mixture_world, samples
 
 METHODS = ("LCM", "SCott", "ODE + GAN", "late noise + GAN", "late noise")
 STEPS = (1, 2, 4, 8)
-ITERATIONS = 1200
+ITERATIONS = 600
 
 
 def run(

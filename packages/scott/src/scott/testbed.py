@@ -25,9 +25,6 @@ from scott.sample import multistep
 from scott.schedule import NoiseSchedule
 from scott.solvers import PredictX0
 
-import os
-WAVES=int(os.environ.get("W","32")); SCALE=float(os.environ.get("S","6"))
-DLR=float(os.environ.get("DLR","1e-3"))
 DENOISER = "mixture_denoiser.safetensors"
 
 
@@ -49,8 +46,8 @@ class MemberLinear(nn.Module):
 class MemberMLP(nn.Module):
     """SiLU networks side by side on (point, time, class).
 
-    waves: random Fourier features of the point, none for a network that sees the point alone. scale: radians per unit of
-        the fastest two thirds of them.
+    waves: random Fourier features of the point, none for a network that sees the point alone. scale: the standard
+        deviation of their directions, in radians per unit.
     """
 
     def __init__(
@@ -153,13 +150,13 @@ def distil(
     seeds: Sequence[int],
     *,
     start: Student | None = None,
-    iterations: int = 2000,
+    iterations: int = 1000,
     batch: int = 256,
     skip: int = 24,
-    adv_weight: float = 0.02,
+    adv_weight: float = 0.01,
     progress: Callable[[int], None] | None = None,
 ) -> Student:
-    """Distil the exact mixture into one student per seed.
+    """Distil the exact mixture into one student per seed; what is returned is the average of its last 100 or so weights.
 
     start: where the students start from, the shipped denoiser when not given. progress: called with every iteration.
 
@@ -169,15 +166,17 @@ def distil(
     schedule, solver = mixture.schedule, recipe.make_solver(mixture.schedule)
     student, average = start or pretrained(members), Student(mixture, members)
     average.load_state_dict(student.state_dict())
+    slow = Student(mixture, members)
+    slow.load_state_dict(student.state_dict())
     data = [torch.Generator().manual_seed(1000 * seed + 1) for seed in seeds]
     noise = [torch.Generator().manual_seed(1000 * seed + 2) for seed in seeds]
     judge = MemberMLP(
-        (96, 96), 1, classes=mixture.classes, waves=WAVES, scale=SCALE,
+        (96, 96), 1, classes=mixture.classes, waves=32,
         generators=[torch.Generator().manual_seed(1000 * seed + 3) for seed in seeds],
     )  # fmt: skip
-    optimizers = [torch.optim.Adam(student.parameters(), lr=float(os.environ.get('SLR','5e-4')), fused=True)]
+    optimizers = [torch.optim.Adam(student.parameters(), lr=1e-3, fused=True)]
     if recipe.gan:
-        optimizers.append(torch.optim.Adam(judge.parameters(), lr=DLR, betas=(0.0, 0.99), fused=True))
+        optimizers.append(torch.optim.Adam(judge.parameters(), lr=2e-3, betas=(0.0, 0.99), fused=True))
     plans = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) for optimizer in optimizers]
 
     for iteration in range(iterations):
@@ -214,9 +213,10 @@ def distil(
         for plan in plans:
             plan.step()
         update_average(list(average.parameters()), [p.detach() for p in student.parameters()], 0.95)
+        update_average(list(slow.parameters()), [p.detach() for p in student.parameters()], 0.99)
         if progress:
             progress(iteration)
-    return student.requires_grad_(False)
+    return slow.requires_grad_(False)
 
 
 def _teacher(mixture: GaussianMixture, label: Tensor, z: Tensor, t: Tensor) -> Tensor:
