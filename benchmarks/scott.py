@@ -4,11 +4,15 @@ python benchmarks/scott.py            everything; distilled students are kept, s
 python benchmarks/scott.py --only mixture
 """
 
+# ruff: noqa: E402
 import functools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+# This script has the package's name, and Python puts its folder first on the path.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import diffusers
 import torch

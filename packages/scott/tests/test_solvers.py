@@ -180,7 +180,7 @@ def test_noise_strength_is_the_ode_above_and_the_sde_at_zero(schedule, ramp):
 
 
 def test_errors(schedule):
-    with pytest.raises(UserError, match="eta is 1.5"):
+    with pytest.raises(UserError, match="eta is 1\\.5"):
         SDESolver(schedule, "ddim-eta", eta=1.5)
     with pytest.raises(UserError, match="substeps is 0"):
         SDESolver(schedule, substeps=0)

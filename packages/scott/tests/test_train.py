@@ -339,7 +339,7 @@ def test_errors(class_unet, sd, tmp_path):
         trainer.train_step(dataset())
     with pytest.raises(UserError, match="needs a teacher with a label for no class"):
         ClassConditioner(5).empty(2)
-    with pytest.raises(UserError, match="class label outside 0 .. 4"):
+    with pytest.raises(UserError, match="class label outside 0"):
         ClassConditioner(5)([7])
     with pytest.raises(UserError, match="class labels expected"):
         ClassConditioner(5)(["a cat"])

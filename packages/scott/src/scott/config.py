@@ -17,52 +17,58 @@ class SCottConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str | None = Field(None, description="teacher: hub id or folder of a diffusers pipeline")
-    dataset: str | None = Field(None, description="folder made by `scott prepare-latents`")
+    model: str | None = Field(default=None, description="teacher: hub id or folder of a diffusers pipeline")
+    dataset: str | None = Field(default=None, description="folder made by `scott prepare-latents`")
 
     solver: Literal["ode", "ddim-eta", "er-sde"] = "er-sde"
-    noise: str = Field("sde5", description="noise function of er-sde")
-    eta: float = Field(0.0, description="η of ddim-eta")
-    skip: int = Field(24, ge=1, description="t_n − t_m")
-    substeps: int = Field(3, ge=1, description="solver steps h between t_n and t_m")
-    noise_below: int | None = Field(None, description="use the solver's noise only below this time step")
+    noise: str = Field(default="sde5", description="noise function of er-sde")
+    eta: float = Field(default=0.0, description="η of ddim-eta")
+    skip: int = Field(default=24, ge=1, description="t_n − t_m")
+    substeps: int = Field(default=3, ge=1, description="solver steps h between t_n and t_m")
+    noise_below: int | None = Field(default=None, description="use the solver's noise only below this time step")
     noise_ramp: Literal["step", "linear", "cosine"] = "step"
-    draws: int = Field(1, ge=1, description="solver paths averaged per sample")
-    grid: int | None = Field(50, ge=1, description="t_n on LCMScheduler's grid of so many times; null for any time")
+    draws: int = Field(default=1, ge=1, description="solver paths averaged per sample")
+    grid: int | None = Field(
+        default=50, ge=1, description="t_n on LCMScheduler's grid of so many times; null for any time"
+    )
 
     loss: Literal["l2", "huber"] = "huber"
-    huber_c: float = Field(1e-3, gt=0)
+    huber_c: float = Field(default=1e-3, gt=0)
     weighting: Literal["uniform", "min-snr"] = "uniform"
-    ema: float = Field(0.95, ge=0, lt=1)
-    guidance: float | tuple[float, float] = Field(7.5, description="ω, or the range it is drawn from (student: full)")
+    ema: float = Field(default=0.95, ge=0, lt=1)
+    guidance: float | tuple[float, float] = Field(
+        default=7.5, description="ω, or the range it is drawn from (student: full)"
+    )
 
-    adv_weight: float = Field(0.4, ge=0, description="λ_adv; 0 leaves the discriminator out")
-    disc_warmup: int = Field(0, ge=0, description="first iterations in which the discriminator alone is trained")
+    adv_weight: float = Field(default=0.4, ge=0, description="λ_adv; 0 leaves the discriminator out")
+    disc_warmup: int = Field(
+        default=0, ge=0, description="first iterations in which the discriminator alone is trained"
+    )
     disc_layers: Literal["all", "attention"] = "all"
-    disc_rank: int = Field(48, ge=1)
-    r1: float = Field(0.0, ge=0, description="weight of the gradient penalty on data")
-    renoise: bool = Field(False, description="judge data and predictions after noising both to a random time")
+    disc_rank: int = Field(default=48, ge=1)
+    r1: float = Field(default=0.0, ge=0, description="weight of the gradient penalty on data")
+    renoise: bool = Field(default=False, description="judge data and predictions after noising both to a random time")
 
     student: Literal["lora", "full"] = "lora"
-    rank: int = Field(64, ge=1, description="rank of the student's LoRA")
-    lr: float = Field(8e-6, gt=0)
-    disc_lr: float = Field(2e-5, gt=0)
+    rank: int = Field(default=64, ge=1, description="rank of the student's LoRA")
+    lr: float = Field(default=8e-6, gt=0)
+    disc_lr: float = Field(default=2e-5, gt=0)
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
 
     data: Literal["latents", "teacher"] = Field(
-        "latents", description="teacher: samples of the teacher take the data's place"
+        default="latents", description="teacher: samples of the teacher take the data's place"
     )
-    teacher_steps: int = Field(50, ge=1)
-    teacher_samples: int = Field(1024, ge=1)
+    teacher_steps: int = Field(default=50, ge=1)
+    teacher_samples: int = Field(default=1024, ge=1)
 
-    batch: int = Field(40, ge=1, description="over all processes")
-    micro_batch: int | None = Field(None, ge=1, description="samples of one forward pass on one process")
-    iterations: int = Field(40_000, ge=1)
-    checkpoint_every: int = Field(1000, ge=1)
+    batch: int = Field(default=40, ge=1, description="over all processes")
+    micro_batch: int | None = Field(default=None, ge=1, description="samples of one forward pass on one process")
+    iterations: int = Field(default=40_000, ge=1)
+    checkpoint_every: int = Field(default=1000, ge=1)
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
     def model_post_init(self, context: Any) -> None:
         if self.substeps > self.skip:

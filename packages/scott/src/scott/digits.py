@@ -161,12 +161,12 @@ def distil(
 ) -> SCottTrainer:
     """Distil the shipped teacher, without guidance; returns the trained trainer, ready to sample."""
     images, labels = digits()
-    config = SCottConfig(
+    config = SCottConfig.of(dict(
         solver=recipe.solver, noise=recipe.noise, eta=recipe.eta, substeps=recipe.substeps,
         noise_below=recipe.noise_below, adv_weight=adv_weight if recipe.gan else 0.0, guidance=1.0, loss="l2",
         student="full", lr=2e-4, disc_lr=1e-3, disc_rank=8, lr_schedule="cosine", batch=32, iterations=iterations,
         seed=seed,
-    )  # fmt: skip
+    ))  # fmt: skip
     trainer = SCottTrainer(
         teacher(), config, schedule=NoiseSchedule.stable_diffusion(), conditioner=ClassConditioner(CLASSES, null=NULL)
     )

@@ -21,6 +21,7 @@ class Features:
     def __init__(self, model: str = "pixels", *, device: str = "cpu"):
         self.name, self.device = model, device
         self._model: Any = None
+        self._tokenizer: Any = None
         if model == "pixels":
             return
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizerFast

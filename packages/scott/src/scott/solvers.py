@@ -14,6 +14,7 @@ The η of DDIM scales the noise of one step; it is not the η of the continuous 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from tenfold_shared.errors import UserError
@@ -21,10 +22,10 @@ from torch import Tensor
 
 from scott.schedule import NoiseSchedule, like
 
-PredictX0 = Callable[[Tensor, Tensor], Tensor]
+PredictX0: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """x̂(z, t): (*batch, ...), (*batch) to (*batch, ...)."""
 
-Generator = torch.Generator | Sequence[torch.Generator] | None
+Generator: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 """Where noise comes from; a sequence holds one generator per entry of the first dimension."""
 
 SOLVERS = ("ode", "ddim-eta", "er-sde", "renoise", "gamma", "custom")

@@ -226,7 +226,7 @@ def _teacher(mixture: GaussianMixture, label: Tensor, z: Tensor, t: Tensor) -> T
 def _clip(model: nn.Module, limit: float) -> None:
     """Clip the gradient's norm of each member on its own."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = sum(g.square().flatten(1).sum(1) for g in gradients).sqrt()  # type: ignore[union-attr]
+    norm = sum(g.square().flatten(1).sum(1) for g in gradients).sqrt()
     for g in gradients:
         g.mul_((limit / norm).clamp(max=1)[:, None, None])
 

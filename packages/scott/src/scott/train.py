@@ -174,7 +174,8 @@ class SCottTrainer:
                 both = self._run(
                     self.unet, TEACHER, torch.cat([z, z]), torch.cat([t, t]), join(batch.condition, batch.empty)
                 )
-                output = guided(*both.chunk(2), batch.guidance)
+                conditional, unconditional = both.chunk(2)
+                output = guided(conditional, unconditional, batch.guidance)
             return self.schedule.predict_x0(output, z, t)
 
         return x0
