@@ -116,6 +116,10 @@ def sd(sd_folder):
 @pytest.fixture
 def class_unet():
     """A class-conditional U-Net of 8-pixel images with a label for no class."""
+    return make_class_unet()
+
+
+def make_class_unet():
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
@@ -147,3 +151,21 @@ def images(tmp_path_factory):
         lines.append(json.dumps({"file_name": f"{i}.png", "text": f"image {i}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A CLIP of two small towers on disk."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer, words = _tokenizer(folder / "words")
+    text = {"vocab_size": words, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "max_position_embeddings": 16, "bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": 1}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 16, "patch_size": 8}  # fmt: skip
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder / "m")
+    tokenizer.save_pretrained(folder / "m")
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder / "m")
+    return folder / "m"

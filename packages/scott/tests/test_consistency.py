@@ -90,8 +90,8 @@ def test_the_target_carries_no_gradient_and_averages_draws(schedule):
     one = stochastic_target(solver, z, generator=generator, **settings)
     assert not one.requires_grad
     mean = solver.step(z, t_n, t_m, 0.2 * z, noise=torch.zeros(4, 2))
-    many = stochastic_target(solver, z, draws=4000, generator=generator, **settings)
-    assert float((many - mean).abs().max()) < 0.02 < float((one - mean).abs().max())
+    many = stochastic_target(solver, z, draws=1000, generator=generator, **settings)
+    assert float((many - mean).abs().max()) < 0.04 < float((one - mean).abs().max())
     noise_free = stochastic_target(SDESolver(schedule, "ode"), z, draws=3, **settings)
     assert torch.allclose(noise_free, stochastic_target(SDESolver(schedule, "ode"), z, **settings), atol=1e-6)
 
@@ -99,15 +99,15 @@ def test_the_target_carries_no_gradient_and_averages_draws(schedule):
 def test_full_noise_makes_the_posterior_mean_a_fixed_point(schedule):
     """E[ x̂(z_s, s) | z_t ] = x̂(z_t, t) over the full SDE: the student would gain nothing (martingale)."""
     mixture = GaussianMixture(schedule)
-    z, n = torch.tensor([[0.9, 0.3]]), 20000
-    t, s = torch.full((n,), 500), torch.full((n,), 476)
+    z, n = torch.tensor([[0.9, 0.3]]), 4000
+    t, s = torch.full((n,), 500), torch.full((n,), 300)
     many = z.expand(n, 2)
-    end = SDESolver(schedule, noise="sde", substeps=8).solve(
+    end = SDESolver(schedule, noise="sde", substeps=40).solve(
         many, t, s, mixture.x0, generator=torch.Generator().manual_seed(0)
     )
-    assert torch.allclose(mixture.x0(end, s).mean(0), mixture.x0(z, t[:1])[0], atol=0.02)
-    ode = SDESolver(schedule, "ode", substeps=8).solve(many[:1], t[:1], s[:1], mixture.x0)
-    assert not torch.allclose(mixture.x0(ode, s[:1])[0], mixture.x0(z, t[:1])[0], atol=0.02)
+    assert torch.allclose(mixture.x0(end, s).mean(0), mixture.x0(z, t[:1])[0], atol=0.04)
+    ode = SDESolver(schedule, "ode", substeps=40).solve(many[:1], t[:1], s[:1], mixture.x0)
+    assert not torch.allclose(mixture.x0(ode, s[:1])[0], mixture.x0(z, t[:1])[0], atol=0.1)
 
 
 def test_the_exact_denoiser_is_bayes_by_monte_carlo(schedule):

@@ -101,7 +101,7 @@ def train(
     if (output / CONFIG_FILE).exists() and not resume:
         raise UserError(f"'{output}' holds a student already", hint="pass --resume to go on, or another --output")
     latents = LatentDataset(source) if source is not None else None
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    accelerator = Accelerator()
     pipe = _pipeline(model or settings.model, str(accelerator.device))
     trainer = SCottTrainer(pipe, settings, accelerator=accelerator)
     if resume and (output / CONFIG_FILE).exists():

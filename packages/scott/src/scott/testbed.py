@@ -151,7 +151,7 @@ def distil(
     *,
     start: Student | None = None,
     iterations: int = 1000,
-    batch: int = 256,
+    batch: int = 128,
     skip: int = 24,
     adv_weight: float = 0.01,
     progress: Callable[[int], None] | None = None,

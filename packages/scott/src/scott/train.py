@@ -10,6 +10,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from tenfold_shared.errors import UserError
 from tenfold_shared.hub import replace_atomically
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scott.adapters import TEACHER, AdapterStates
 from scott.adversary import hinge_discriminator, hinge_generator, r1_penalty
@@ -88,8 +90,7 @@ class SCottTrainer:
         from accelerate import Accelerator
 
         self.config = config
-        # `is None`: an Accelerator has no truth value of its own.
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision) if accelerator is None else accelerator
+        self.accelerator = Accelerator() if accelerator is None else accelerator
         pipeline = teacher if hasattr(teacher, "unet") else None
         unet = (pipeline.unet if pipeline is not None else teacher).to(self.device)
         if schedule is None:
@@ -135,6 +136,11 @@ class SCottTrainer:
         """Where the networks are."""
         return self.accelerator.device
 
+    def _autocast(self) -> Any:
+        """bfloat16 activations when the settings or the accelerator ask for them; weights and solver stay float32."""
+        wanted = "bf16" in (self.config.mixed_precision, self.accelerator.mixed_precision)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+
     def _make_student(self) -> None:
         config = self.config
         if config.student == "lora":
@@ -161,7 +167,7 @@ class SCottTrainer:
 
     def _run(self, unet: nn.Module, state: str, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
         self.states.use(state)
-        with self.accelerator.autocast():
+        with self._autocast():
             return unet(z.to(unet.dtype), t, **condition).sample.float()
 
     def teacher_x0(self, batch: _Batch) -> PredictX0:
@@ -248,7 +254,9 @@ class SCottTrainer:
             (loss * scale).backward()
         if self.discriminator is not None:
             real = batch.x.clone().requires_grad_(config.r1 > 0)
-            real_score = judge(real)
+            # The fused attention kernels have no second derivative, which the penalty needs.
+            with sdpa_kernel(SDPBackend.MATH) if config.r1 > 0 else nullcontext():
+                real_score = judge(real)
             verdict = hinge_discriminator(real_score, judge(fake.detach())).sum()
             terms["d"] = float(verdict.detach())
             if config.r1 > 0:
@@ -267,7 +275,7 @@ class SCottTrainer:
             noise = draw(batch.x.shape, batch.x, batch.generators)
 
         def judge(x: Tensor) -> Tensor:
-            with self.accelerator.autocast():
+            with self._autocast():
                 return discriminator(x if noise is None else self.schedule.add_noise(x, noise, t), t, batch.condition)
 
         return judge
