@@ -6,6 +6,7 @@ python benchmarks/scott.py --only mixture
 
 # ruff: noqa: E402
 import functools
+import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -131,11 +132,18 @@ def student(name: str, seeds: tuple[int, ...]) -> testbed.Student:
 
 
 def mixture_scores(names: Sequence[str], seeds: list[int]) -> Scores:
+    """Samples of every method in every number of steps, measured; kept on disk like the students."""
     scores: Scores = {}
     for name in names:
-        for steps in STEPS:
-            points = testbed.samples(student(name, tuple(seeds)), seeds, steps=steps)
-            scores[name, steps] = [testbed.measure(x, seed=s) for x, s in zip(points, seeds, strict=True)]
+        file = RESULTS / ".partial" / "scott" / f"{name}-{source_digest('scott')}-{'-'.join(map(str, seeds))}.scores"
+        if not file.exists():
+            made: dict[int, list[dict[str, float]]] = {}
+            for steps in STEPS:
+                points = testbed.samples(student(name, tuple(seeds)), seeds, steps=steps)
+                made[steps] = [testbed.measure(x, seed=s) for x, s in zip(points, seeds, strict=True)]
+            with replace_atomically(file) as partial:
+                partial.write_text(json.dumps(made), encoding="utf-8")
+        scores |= {(name, int(k)): rows for k, rows in json.loads(file.read_text(encoding="utf-8")).items()}
     return scores
 
 
