@@ -1,0 +1,405 @@
+"""What stochastic consistency distillation (2403.01505) brings, per number of steps, and what it costs.
+
+python benchmarks/scott.py            everything; distilled students are kept, so that a stopped run goes on
+python benchmarks/scott.py --only mixture
+"""
+
+# ruff: noqa: E402
+import functools
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+# This script has the package's name, and Python puts its folder first on the path.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+import diffusers
+import torch
+from safetensors.torch import load_file, save_file
+from scott import GaussianMixture, NoiseSchedule, SDESolver, digits, testbed
+from scott.lab import marginal_error
+from scott.metrics import sliced_wasserstein
+from scott.recipes import RECIPES
+from scott.solvers import NOISE_FUNCTIONS
+from tenfold_shared import figures
+from tenfold_shared.claims import Claim, run_benchmark, source_digest, spread
+from tenfold_shared.hub import replace_atomically
+from torch import Tensor
+
+torch.set_num_threads(1)
+PAPER = "2403.01505"
+RESULTS = Path(__file__).resolve().parent / "results"
+STEPS = (1, 2, 4, 8)
+METHODS = ("SCott", "LCM", "ODE + GAN", "SDE 5", "ODE", "late noise", "late noise + GAN")
+"""SCott first, then everything that always stands beside it."""
+DIGIT_METHODS = ("SCott", "LCM", "ODE + GAN")
+SD15 = (
+    "scott prepare-latents laion-aesthetics-6plus --model stable-diffusion-v1-5/stable-diffusion-v1-5 --output latents && "
+    "accelerate launch -m scott train --config packages/scott/configs/sd15.yaml --dataset latents --output student && "
+    "scott sample --student student --prompts coco2017-5k.txt --steps 2 --output samples && "
+    "scott eval --real coco2017-5k --fake samples/steps-2 --features openai/clip-vit-base-patch32 --metrics frechet coverage clip"
+)
+
+Scores = dict[tuple[str, int], list[dict[str, float]]]
+"""(method, steps) to one dictionary of metrics per seed."""
+
+
+def median(rows: Sequence[dict[str, float]], metric: str) -> float:
+    return statistics.median(row[metric] for row in rows)
+
+
+def claim(id: str, statement: str, metric: str, ours: Sequence[float], peers: dict[str, float], *, bar: str, passed: bool,
+          seeds: list[int], **more: object) -> Claim:  # fmt: skip
+    return Claim(
+        id=id, paper=PAPER, statement=statement, metric=metric, ours=statistics.median(ours), peers=peers, bar=bar,
+        passed=passed, seeds=seeds, spread=spread(ours), **more,
+    )  # fmt: skip
+
+
+def say(text: str) -> None:
+    print(f"    {text}", file=sys.stderr, flush=True)
+
+
+# Solvers
+
+
+def marginals(seeds: list[int]) -> list[Claim]:
+    """Bar B6: a thousand sub-steps with the exact denoiser end on the mixture, whatever the noise function."""
+    schedule = NoiseSchedule.stable_diffusion()
+    mixture = GaussianMixture(schedule)
+    claims = []
+    for noise in NOISE_FUNCTIONS:
+        runs = [marginal_error(SDESolver(schedule, noise=noise, substeps=1000), mixture, n=2000, seed=s) for s in seeds]
+        ratios = [error / floor for error, floor in runs]
+        claims.append(
+            claim(
+                f"marginal-{noise.replace('.', '-')}",
+                f"1000 sub-steps of the solver '{noise}' reproduce the mixture",
+                "sliced W2 to data over that of data to data, lower is better", ratios,
+                {"diffusers DDPMScheduler, 1000 steps": statistics.median(_ddpm(mixture, s) for s in seeds)}
+                if noise == "sde" else {}, bar="at most 1.3", passed=statistics.median(ratios) <= 1.3, seeds=seeds,
+            )
+        )  # fmt: skip
+    return claims
+
+
+def exact_sampling(mixture: GaussianMixture, scheduler: object, steps: int, *, seed: int, n: int = 4000) -> Tensor:
+    """The exact denoiser under a diffusers scheduler."""
+    generator = torch.Generator().manual_seed(1000 * seed + 4)
+    _, label = mixture.sample(n, generator=generator)
+    scheduler.set_timesteps(steps)
+    z = torch.randn(n, 2, generator=generator) * scheduler.init_noise_sigma
+    for time in scheduler.timesteps:
+        t = torch.full((n,), int(time))
+        scaled = scheduler.scale_model_input(z, time)
+        alpha, sigma = (v.float()[:, None] for v in (mixture.schedule.alpha(t), mixture.schedule.sigma(t)))
+        epsilon = (scaled - alpha * mixture.x0(scaled, t, label)) / sigma
+        z = scheduler.step(epsilon, time, z, generator=generator).prev_sample
+    return z
+
+
+def stock(name: str, **kwargs: object) -> object:
+    return getattr(diffusers, name)(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **kwargs
+    )
+
+
+def _ddpm(mixture: GaussianMixture, seed: int) -> float:
+    x = exact_sampling(mixture, stock("DDPMScheduler", clip_sample=False), 1000, seed=seed, n=2000)
+    _, floor = marginal_error(SDESolver(mixture.schedule, "ode"), mixture, n=2000, seed=seed)
+    real, _ = mixture.sample(len(x), generator=torch.Generator().manual_seed(1000 * seed + 5))
+    return sliced_wasserstein(real, x) / floor
+
+
+# The mixture
+
+
+@functools.cache
+def student(name: str, seeds: tuple[int, ...]) -> testbed.Student:
+    """Distilled by this recipe, one member per seed; kept on disk as long as the sources stay the same."""
+    file = RESULTS / ".partial" / "scott" / f"{name}-{source_digest('scott')}-{'-'.join(map(str, seeds))}.safetensors"
+    made = testbed.Student(testbed.mixture_world(), len(seeds))
+    if file.exists():
+        made.load_state_dict(load_file(file))
+        return made.requires_grad_(False)
+    say(f"distilling {name}")
+    made = testbed.distil(RECIPES[name], seeds)
+    with replace_atomically(file) as partial:
+        save_file(made.state_dict(), partial)
+    return made
+
+
+def mixture_scores(names: Sequence[str], seeds: list[int]) -> Scores:
+    """Samples of every method in every number of steps, measured; kept on disk like the students."""
+    scores: Scores = {}
+    for name in names:
+        file = RESULTS / ".partial" / "scott" / f"{name}-{source_digest('scott')}-{'-'.join(map(str, seeds))}.scores"
+        if not file.exists():
+            made: dict[int, list[dict[str, float]]] = {}
+            for steps in STEPS:
+                points = testbed.samples(student(name, tuple(seeds)), seeds, steps=steps)
+                made[steps] = [testbed.measure(x, seed=s) for x, s in zip(points, seeds, strict=True)]
+            with replace_atomically(file) as partial:
+                partial.write_text(json.dumps(made), encoding="utf-8")
+        scores |= {(name, int(k)): rows for k, rows in json.loads(file.read_text(encoding="utf-8")).items()}
+    return scores
+
+
+def picture(scores: Scores, names: Sequence[str], metrics: dict[str, str], steps: Sequence[int], path: Path) -> str:
+    """Metrics over steps, a line a method."""
+    with figures.style() as plt:
+        figure, axes = plt.subplots(1, len(metrics), figsize=(3.7 * len(metrics) + 1.6, 3.3))
+        for axis, (metric, label) in zip(axes, metrics.items(), strict=True):
+            colours = iter(figures.PEERS)
+            for name in names:
+                rows = [scores[name, k] for k in steps]
+                middle = [median(row, metric) for row in rows]
+                colour = figures.OURS if name == "SCott" else next(colours)
+                axis.plot(steps, middle, "o-", color=colour, lw=2.2 if name == "SCott" else 1.3, ms=4, label=name)
+                low, high = ([f(r[metric] for r in row) for row in rows] for f in (min, max))
+                axis.fill_between(steps, low, high, color=colour, alpha=0.12, lw=0)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(steps, [str(k) for k in steps])
+            axis.set(title=label, xlabel="student calls")
+        axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figures.save(figure, path)
+    return f"{path.parent.name}/{path.name}"
+
+
+TOY_METRICS = {
+    "sw2": "sliced W2, lower is better",
+    "coverage": "coverage, higher is better",
+    "far": "strays, lower is better",
+}
+TOY_BARS = {(2, "coverage"): 1.04, (2, "far"): 0.85, (4, "sw2"): 0.85, (4, "coverage"): 1.06, (4, "far"): 0.65}
+"""Bar B1: SCott over LCM. Where nothing is named, SCott must not be worse than LCM."""
+
+
+def against_lcm(scores: Scores, names: Sequence[str], seeds: list[int], *, world: str, metrics: dict[str, str],
+                bars: dict[tuple[int, str], float], steps: Sequence[int], better_high: set[str], figure: str,
+                headline: set[tuple[int, str]]) -> list[Claim]:  # fmt: skip
+    """A row for each metric and number of steps, with every method beside SCott."""
+    claims = []
+    for metric, label in metrics.items():
+        for k in steps:
+            middle = {name: median(scores[name, k], metric) for name in names}
+            factor = bars.get((k, metric), 1.0)
+            up = metric in better_high
+            wanted = factor * middle["LCM"]
+            passed = middle["SCott"] >= wanted if up else middle["SCott"] <= wanted
+            claims.append(
+                claim(
+                    f"{world}-{metric}-{k}", f"{world}: SCott against LCM, {k} step{'s' if k > 1 else ''}",
+                    label, [row[metric] for row in scores["SCott", k]], {n: middle[n] for n in names if n != "SCott"},
+                    bar=f"{'at least' if up else 'at most'} {factor:g} × LCM", passed=passed, seeds=seeds,
+                    figures=[figure], headline=(k, metric) in headline,
+                )
+            )  # fmt: skip
+    return claims
+
+
+def sde_or_ode(scores: Scores, seeds: list[int], *, world: str, metric: str, label: str, steps: Sequence[int],
+               figure: str) -> list[Claim]:  # fmt: skip
+    """The paper's thesis, a row a number of steps: under the same discriminator, noise in the solver helps."""
+    rows = []
+    for k in steps:
+        ours, ode = [row[metric] for row in scores["SCott", k]], median(scores["ODE + GAN", k], metric)
+        others = {n: median(scores[n, k], metric) for n in ("ODE + GAN", "late noise + GAN") if (n, k) in scores}
+        rows.append(
+            claim(
+                f"{world}-sde-or-ode-{k}",
+                f"{world}: with the discriminator, SDE noise beats the ODE at {k} step{'s' if k > 1 else ''}", label, ours,
+                others, bar="at most ODE + GAN", passed=statistics.median(ours) <= ode, seeds=seeds, figures=[figure],
+            )
+        )  # fmt: skip
+    return rows
+
+
+def mixture(seeds: list[int]) -> list[Claim]:
+    """Bars B1, B2, B3, B5, the solver question per step count, and late noise."""
+    scores = mixture_scores(METHODS, seeds)
+    figure = picture(scores, METHODS, TOY_METRICS, STEPS, RESULTS / "scott" / "mixture.png")
+    claims = against_lcm(
+        scores, METHODS, seeds, world="mixture", metrics=TOY_METRICS, bars=TOY_BARS, steps=STEPS, better_high={"coverage"},
+        figure=figure, headline={(2, "coverage"), (4, "far")},
+    )  # fmt: skip
+    claims += sde_or_ode(
+        scores, seeds, world="mixture", metric="sw2", label=TOY_METRICS["sw2"], steps=STEPS, figure=figure
+    )
+
+    sw2 = {key: median(rows, "sw2") for key, rows in scores.items()}
+    one, two, four = (sw2["SCott", k] for k in (1, 2, 4))
+    claims.append(
+        claim(
+            "mixture-improves-with-steps", "SCott improves from 1 to 2 to 4 steps", TOY_METRICS["sw2"],
+            [row["sw2"] for row in scores["SCott", 4]], {"SCott, 1 step": one, "SCott, 2 steps": two},
+            bar="4 steps at most 2 steps at most 1 step", passed=four <= two <= one, seeds=seeds, figures=[figure],
+        )
+    )  # fmt: skip
+    claims.append(
+        claim(
+            "mixture-noise-helps-many-steps", "without a discriminator, SDE noise beats the ODE at 8 steps",
+            TOY_METRICS["sw2"], [row["sw2"] for row in scores["SDE 5", 8]],
+            {name: sw2[name, 8] for name in ("ODE", "LCM", "late noise")}, bar="at most 0.85 × ODE",
+            passed=sw2["SDE 5", 8] <= 0.85 * sw2["ODE", 8], seeds=seeds, figures=[figure],
+        )
+    )  # fmt: skip
+    for steps, against, factor in ((1, "SDE 5", 0.5), (4, "LCM", 1.0)):
+        claims.append(
+            claim(
+                f"mixture-late-noise-{steps}",
+                f"noise only below t = 400, no discriminator: against {against} at {steps} step{'s' if steps > 1 else ''}",
+                TOY_METRICS["sw2"], [row["sw2"] for row in scores["late noise", steps]],
+                {name: sw2[name, steps] for name in METHODS if name != "late noise"}, bar=f"at most {factor:g} × {against}",
+                passed=sw2["late noise", steps] <= factor * sw2[against, steps], seeds=seeds, figures=[figure],
+                note="our own variant, not the paper's",
+            )
+        )  # fmt: skip
+    makers: dict[str, Callable[[], object]] = {
+        "exact teacher, DDIMScheduler": lambda: stock("DDIMScheduler", clip_sample=False, timestep_spacing="trailing"),
+        "exact teacher, DPMSolverMultistepScheduler": lambda: stock(
+            "DPMSolverMultistepScheduler", timestep_spacing="trailing"
+        ),
+        "exact teacher, sde-dpmsolver++": lambda: stock(
+            "DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", timestep_spacing="trailing"
+        ),
+        "exact teacher, EulerAncestralDiscreteScheduler": lambda: stock(
+            "EulerAncestralDiscreteScheduler", timestep_spacing="trailing"
+        ),
+    }
+    peers = {}
+    for name, make in makers.items():
+        for steps in (4, 8):
+            runs = [
+                testbed.measure(exact_sampling(testbed.mixture_world(), make(), steps, seed=s), seed=s) for s in seeds
+            ]
+            peers[f"{name}, {steps} steps"] = median(runs, "sw2")
+    claims.append(
+        claim(
+            "mixture-beats-ddim-8", "SCott in 4 steps against the exact teacher under stock samplers", TOY_METRICS["sw2"],
+            [row["sw2"] for row in scores["SCott", 4]], peers, bar="below the exact teacher with DDIM in 8 steps",
+            passed=four < peers["exact teacher, DDIMScheduler, 8 steps"], seeds=seeds, headline=True,
+        )
+    )  # fmt: skip
+    return claims
+
+
+def fixed_points(seeds: list[int]) -> list[Claim]:
+    """Bar B4: what each solver's student is at t = 999."""
+    world = testbed.mixture_world()
+    rms: dict[str, list[float]] = {"full SDE": [], "ODE": []}
+    blur: list[float] = []
+    for member, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(1000 * seed + 6)
+        z, (_, label) = torch.randn(4000, 2, generator=generator), world.sample(4000, generator=generator)
+        t = torch.full((4000,), 999)
+        ode = SDESolver(world.schedule, "ode", substeps=1000)
+        end = ode.solve(z, t, torch.full_like(t, -1), lambda z, t, label=label: world.x0(z, t, label))
+        wanted = {"full SDE": world.x0(z, t, label), "ODE": end}
+        for name in rms:
+            labels, zs = label.expand(len(seeds), -1), z.expand(len(seeds), -1, -1)
+            with torch.no_grad():
+                jump = student(name, tuple(seeds)).f(labels)(zs, t.expand(len(seeds), -1))[member]
+            rms[name].append(float((jump - wanted[name]).square().sum(1).mean().sqrt()))
+        blur.append(float((wanted["full SDE"] - end).square().sum(1).mean().sqrt()))
+    unit = "root mean square distance at t = 999, lower is better"
+    apart = {"distance between the two limits": statistics.median(blur)}
+    return [
+        claim("fixed-point-full-noise", "with full noise the student is the posterior mean, and gains nothing in one step",
+              unit, rms["full SDE"], apart, bar="at most 0.1", passed=statistics.median(rms["full SDE"]) <= 0.1,
+              seeds=seeds),
+        claim("fixed-point-no-noise", "without noise the student is the end point of the teacher's ODE", unit, rms["ODE"],
+              apart, bar="at most 0.35", passed=statistics.median(rms["ODE"]) <= 0.35, seeds=seeds),
+    ]  # fmt: skip
+
+
+# Digits
+
+DIGIT_METRICS = {
+    "frechet": "Fréchet distance of 64 features, lower is better",
+    "coverage": "coverage, higher is better",
+}
+DIGIT_BARS = {(2, "coverage"): 1.03, (4, "coverage"): 1.03, (2, "frechet"): 0.9, (4, "frechet"): 0.9}
+
+
+def digit_scores(name: str, seeds: list[int]) -> Scores:
+    """Three seeds of one recipe, kept on disk as they come."""
+    scores: Scores = {(name, k): [] for k in STEPS[:3]}
+    for seed in seeds:
+        file = RESULTS / ".partial" / "scott" / f"digits-{name}-{source_digest('scott')}-{seed}.safetensors"
+        if not file.exists():
+            say(f"distilling digits: {name}, seed {seed}")
+            trainer = digits.distil(RECIPES[name], seed)
+            labels = digits.digits()[1].tolist()
+            made = {str(k): trainer.sample(labels, steps=k, seed=seed) for k in STEPS[:3]}
+            with replace_atomically(file) as partial:
+                save_file(made, partial)
+        for k, images in load_file(file).items():
+            scores[name, int(k)].append(digits.measure(images))
+    return scores
+
+
+def handwriting(seeds: list[int]) -> list[Claim]:
+    """The same trainer as for Stable Diffusion on a class-conditional U-Net."""
+    scores: Scores = {}
+    for name in DIGIT_METHODS:
+        scores |= digit_scores(name, seeds)
+    steps = STEPS[:3]
+    metrics = {**DIGIT_METRICS, "precision": "precision, higher is better"}
+    figure = picture(scores, DIGIT_METHODS, metrics, steps, RESULTS / "scott" / "digits.png")
+    claims = against_lcm(
+        scores, DIGIT_METHODS, seeds, world="digits", metrics=DIGIT_METRICS, bars=DIGIT_BARS, steps=steps,
+        better_high={"coverage"}, figure=figure, headline=set(),
+    )  # fmt: skip
+    claims += sde_or_ode(
+        scores, seeds, world="digits", metric="frechet", label=DIGIT_METRICS["frechet"], steps=steps, figure=figure
+    )
+    peers = {}
+    for name, scheduler in (
+        ("teacher, DDIMScheduler", stock("DDIMScheduler", clip_sample=False, timestep_spacing="trailing")),
+        ("teacher, DPMSolverMultistepScheduler", stock("DPMSolverMultistepScheduler", timestep_spacing="trailing")),
+    ):
+        for k in (4, 50):
+            runs = [digits.measure(digits.teacher_samples(scheduler, steps=k, seed=s)) for s in seeds]
+            peers[f"{name}, {k} steps"] = median(runs, "frechet")
+    four = [row["frechet"] for row in scores["SCott", 4]]
+    claims.append(
+        claim(
+            "digits-against-the-teacher", "SCott in 4 steps against its teacher under stock samplers",
+            DIGIT_METRICS["frechet"], four, peers, bar="below the teacher with DDIM in 4 steps",
+            passed=statistics.median(four) < peers["teacher, DDIMScheduler, 4 steps"], seeds=seeds, figures=[figure],
+            note=f"features of a classifier that names {digits.accuracy(digits.classifier()):.1%} of held-out digits rightly",
+        )
+    )  # fmt: skip
+    return claims
+
+
+# Not here
+
+
+def full_size(seeds: list[int]) -> list[Claim]:
+    """The paper's own figures, which need its teacher, its data and GPUs."""
+    rows = [
+        ("coco-fid", "FID of 2 steps on COCO-2017 5K, Stable Diffusion 1.5", "FID, lower is better", 21.9),
+        (
+            "coverage-gain",
+            "diversity over other consistency models at high resolution",
+            "gain of coverage, higher is better",
+            0.16,
+        ),
+    ]
+    return [
+        Claim(id=id, paper=PAPER, statement=statement, metric=metric, ours=None, peers={"stated in the abstract": stated},
+              bar="as stated", passed=None, seeds=[], note=f"not run here; command: {SD15}")
+        for id, statement, metric, stated in rows
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_benchmark(
+        "scott",
+        [mixture, fixed_points, marginals, handwriting, full_size],
+        libraries=["diffusers", "peft", "accelerate"],
+    )
