@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from PIL import Image
 from tenfold_shared.hub import replace_atomically
 from torch import Tensor, nn
@@ -190,7 +191,7 @@ def _box(x: Array, y: Array, across: Array | float, along: Array | float, pixel:
 PROMPTS = ("a face", "a house")
 
 
-class DrawnFacePipeline(DiffusionPipeline):
+class DrawnFacePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Text to image and inpainting in the drawn world, with the calling convention of diffusers' own pipelines.
 
     There is no VAE: the latents are the pixels in [-1, 1], 2 x 2 blocks folded into channels, (n, 12, 16, 16). A prompt is
@@ -344,3 +345,95 @@ def train_pipeline(
         for parameter, value in zip(unet.parameters(), average, strict=True):
             parameter.copy_(value)
     return DrawnFacePipeline(unet.eval(), scheduler)
+
+
+def broken_faces(n: int, *, seed: int) -> Array:
+    """(n, 3, 32, 32): what a poor generator makes instead of a face: two faces mixed, waves, a smeared or noisy middle."""
+    from scipy.ndimage import gaussian_filter, map_coordinates
+
+    rng = np.random.default_rng([seed, 3])
+    one, two = draw_faces(sample_faces(n, seed=seed + 1)), draw_faces(sample_faces(n, seed=seed + 2))
+    ys, xs = np.mgrid[:SIZE, :SIZE].astype(float)
+    middle = np.exp(-(((xs - 15.5) / 9) ** 4) - ((ys - 16) / 10) ** 4)
+    out = one.copy()
+    for i in range(n):
+        kind = rng.integers(4)
+        if kind == 0:
+            share = rng.uniform(0.35, 0.65)
+            out[i] = share * one[i] + (1 - share) * two[i]
+        elif kind == 1:
+            shift = [gaussian_filter(rng.normal(0, 1, (SIZE, SIZE)), 3) for _ in range(2)]
+            dy, dx = (s / np.abs(s).max() * rng.uniform(4, 7) for s in shift)
+            out[i] = np.stack([map_coordinates(c, [ys + dy, xs + dx], order=1, mode="nearest") for c in one[i]])
+        elif kind == 2:
+            smooth = np.stack([gaussian_filter(c, rng.uniform(2.0, 4)) for c in one[i]])
+            out[i] = one[i] + middle * (smooth - one[i])
+        else:
+            out[i] = one[i] + middle * gaussian_filter(rng.normal(0, 1, (3, SIZE, SIZE)), (0, 1, 1)) * rng.uniform(0.3, 0.8)
+    return out.clip(0, 1).astype(np.float32)
+
+
+JUDGED = (*DEFECTS, "house", "broken")
+
+
+class Judge(nn.Module):
+    """A small network that names the defect of a drawn picture: one of `JUDGED`.
+
+    It learns from drawings whose defects are known exactly, never from the generator or from preferences, and no reward
+    learns from it: the held-out word on what a generator makes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def block(i: int, o: int, stride: int) -> nn.Module:
+            return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.ReLU())
+
+        self.body = nn.Sequential(block(3, 24, 1), block(24, 48, 2), block(48, 64, 1), block(64, 96, 2), block(96, 96, 2))
+        self.out = nn.Linear(96 * 16, len(JUDGED))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(n, 3, 32, 32) in [0, 1] to logits (n, 8)."""
+        return self.out(self.body(pixels * 2 - 1).flatten(1))
+
+    @torch.no_grad()
+    def verdict(self, pixels: Tensor) -> Tensor:
+        """Index into `JUDGED`, (n,)."""
+        return torch.cat([self(part).argmax(1) for part in pixels.split(256)])
+
+    def good(self, pixels: Tensor) -> Tensor:
+        """Whether a picture is a face without a defect, (n,)."""
+        return self.verdict(pixels) == 0
+
+
+def judged_drawings(n: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Drawings (m, 3, 32, 32) with their `JUDGED` labels (m,), m about 8 n / 7: as many clean as of two defects."""
+    rng = np.random.default_rng([seed, 4])
+    faces = sample_faces(n, seed=seed)
+    defect = np.where(rng.random(n) < 0.3, 0, rng.integers(1, len(DEFECTS), n))
+    pictures = [draw_faces(faces, defect, rng.uniform(0.6, 1, n)), draw_houses(n // 12, seed=seed)]
+    pictures.append(broken_faces(n // 8, seed=seed))
+    labels = np.concatenate([defect, np.full(n // 12, 6), np.full(n // 8, 7)])
+    return torch.from_numpy(np.concatenate(pictures)), torch.from_numpy(labels)
+
+
+def train_judge(*, steps: int = 1200, drawings: int = 9000, batch: int = 64, seed: int = 0) -> Judge:
+    """The judge, from nothing."""
+    torch.manual_seed(seed + 5000)
+    pixels, labels = judged_drawings(drawings, seed=seed + 5000)
+    judge = Judge()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in tqdm(range(steps), desc="judge", mininterval=5):
+        rows = torch.randint(len(pixels), (batch,))
+        x = pixels[rows]
+        x = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, x.flip(-1), x)
+        # A generator's pictures are a little soft and a little noisy; neither is a defect.
+        soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        x = x + torch.rand(batch, 1, 1, 1) * 0.6 * (soft - x) + torch.rand(batch, 1, 1, 1) * 0.04 * torch.randn_like(x)
+        loss = F.cross_entropy(judge(x), labels[rows], label_smoothing=0.02)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return judge.eval()

@@ -36,7 +36,7 @@ class NaturalStatistics:
 
     @staticmethod
     def features(image: Image.Image) -> Array:
-        """(18,): log shape and log scale of the normalised values, then mean, skew, and log scales of four products."""
+        """(18,): log shape and log scale of the normalised values, then mean, log scales left and right of 0, and size of four products."""
         from scipy.ndimage import gaussian_filter
 
         grey = _grey(image)

@@ -166,7 +166,10 @@ class PairDataset:
 
 
 class TensorPairs:
-    """Pairs of crops in memory: win and lose are (n, 3, h, w) in [0, 1]."""
+    """Pairs in memory: win and lose are (n, 3, h, w) in [0, 1].
+
+    The reward takes them as crops. The tuner takes them as whole images, with `prompts` and `masks` (n, 1, h, w).
+    """
 
     def __init__(
         self,
@@ -177,6 +180,8 @@ class TensorPairs:
         sources: Sequence[str] | None = None,
         generators: Sequence[str] | None = None,
         severities: Sequence[float | None] | None = None,
+        prompts: Sequence[str] | None = None,
+        masks: Tensor | None = None,
     ):
         if win.shape != lose.shape or win.ndim != 4 or win.shape[1] != 3:
             raise UserError(f"pairs of shapes {tuple(win.shape)} and {tuple(lose.shape)}, expected (n, 3, h, w) twice")
@@ -185,6 +190,8 @@ class TensorPairs:
         self.sources = list(sources) if sources is not None else self.ids
         self.generators = list(generators) if generators is not None else [""] * len(win)
         self.severities = list(severities) if severities is not None else [None] * len(win)
+        self.prompts = list(prompts) if prompts is not None else ["a face"] * len(win)
+        self.masks = masks
 
     def __len__(self) -> int:
         return len(self.win)
@@ -209,6 +216,8 @@ class TensorPairs:
             sources=[self.sources[i] for i in rows],
             generators=[self.generators[i] for i in rows],
             severities=[self.severities[i] for i in rows],
+            prompts=[self.prompts[i] for i in rows],
+            masks=self.masks[index] if self.masks is not None else None,
         )
 
 
