@@ -48,7 +48,9 @@ def open_image(image: Any) -> Image.Image:
             raise ImageError(f"an array of {image.dtype} with shape {image.shape}, expected uint8 (height, width, 3)")
         if image.ndim == 3 and image.shape[2] not in (1, 3, 4):
             raise ImageError(f"an array with shape {image.shape}, expected 1, 3 or 4 channels last")
-        return _to_rgb(Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image), "the array")
+        return _to_rgb(
+            Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image), "the array"
+        )
     raise ImageError(f"cannot read an image from {type(image).__name__}", hint="pass a path, a PIL image or an array")
 
 
@@ -128,8 +130,8 @@ def crop_window(
 
 def preprocess(crop: Image.Image, size: int = 224) -> Tensor:
     """A crop as the model sees it, (3, size, size): shorter side to `size` (bicubic), centre crop, normalised."""
-    from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
     from torchvision.transforms.v2.functional import InterpolationMode as Mode
+    from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
     resized = center_crop(resize(crop, [size], interpolation=Mode.BICUBIC), [size, size])
     return normalise(pil_to_tensor(resized).float() / 255)

@@ -17,10 +17,12 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from PIL import Image
-from tenfold_shared.hub import replace_atomically
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+
+from facescore.reward.model import RewardModel, RewardModelConfig
+from tenfold_shared.hub import replace_atomically
 
 SIZE = 32
 """Pixels of a side."""
@@ -148,7 +150,11 @@ def draw_faces(faces: Faces, defect: Array | int = 0, severity: Array | float = 
     x, y = u, v - 0.52
     x, y = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
     paint(_ellipse(x, y, 0.36, 0.11, pixel) * (1 - amount[2]), faces.lips)
-    ramp = 1 + faces.light[:, 0, None, None] * (xs / SIZE - 0.5) * 2 + faces.light[:, 1, None, None] * (ys / SIZE - 0.5) * 2
+    ramp = (
+        1
+        + faces.light[:, 0, None, None] * (xs / SIZE - 0.5) * 2
+        + faces.light[:, 1, None, None] * (ys / SIZE - 0.5) * 2
+    )
     return np.clip(canvas * ramp[:, None], 0, 1).astype(np.float32)
 
 
@@ -369,7 +375,9 @@ def broken_faces(n: int, *, seed: int) -> Array:
             smooth = np.stack([gaussian_filter(c, rng.uniform(2.0, 4)) for c in one[i]])
             out[i] = one[i] + middle * (smooth - one[i])
         else:
-            out[i] = one[i] + middle * gaussian_filter(rng.normal(0, 1, (3, SIZE, SIZE)), (0, 1, 1)) * rng.uniform(0.3, 0.8)
+            out[i] = one[i] + middle * gaussian_filter(rng.normal(0, 1, (3, SIZE, SIZE)), (0, 1, 1)) * rng.uniform(
+                0.3, 0.8
+            )
     return out.clip(0, 1).astype(np.float32)
 
 
@@ -389,7 +397,9 @@ class Judge(nn.Module):
         def block(i: int, o: int, stride: int) -> nn.Module:
             return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.ReLU())
 
-        self.body = nn.Sequential(block(3, 24, 1), block(24, 48, 2), block(48, 64, 1), block(64, 96, 2), block(96, 96, 2))
+        self.body = nn.Sequential(
+            block(3, 24, 1), block(24, 48, 2), block(48, 64, 1), block(64, 96, 2), block(96, 96, 2)
+        )
         self.out = nn.Linear(96 * 16, len(JUDGED))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -437,3 +447,113 @@ def train_judge(*, steps: int = 1200, drawings: int = 9000, batch: int = 64, see
         optimizer.step()
         schedule.step()
     return judge.eval()
+
+
+ASSETS = Path(__file__).parent / "assets"
+"""The packaged base model and judge, in half precision; `facescore toy --rebuild` makes them again."""
+
+BASE_STEPS = 2800
+
+
+def base_pipeline() -> DrawnFacePipeline:
+    """The packaged base model: a small diffusion model that draws faces, too many of them with defects."""
+    from safetensors.torch import load_file
+
+    pipe = new_pipeline()
+    state = load_file(ASSETS / "base.safetensors")
+    pipe.unet.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+    pipe.unet.eval()
+    return pipe
+
+
+def load_judge() -> Judge:
+    """The packaged judge."""
+    from safetensors.torch import load_file
+
+    judge = Judge()
+    judge.load_state_dict({key: tensor.float() for key, tensor in load_file(ASSETS / "judge.safetensors").items()})
+    return judge.eval()
+
+
+def rebuild_assets(folder: str | Path, *, steps: int | None = None) -> dict[str, Any]:
+    """Train the base model and the judge from nothing and write both files. steps: of the base model; the judge gets half."""
+    from safetensors.torch import save_file
+
+    steps = steps or BASE_STEPS
+    pool = 12000 if steps >= BASE_STEPS else 16 * steps
+    judge = train_judge(steps=min(1200, steps), drawings=min(9000, 16 * steps))
+    pipe = train_pipeline(steps=steps, pool=pool)
+    for name, module in (("base", pipe.unet), ("judge", judge)):
+        with replace_atomically(Path(folder) / f"{name}.safetensors") as partial:
+            save_file({key: t.half().contiguous() for key, t in module.state_dict().items()}, partial)
+    pixels, labels = judged_drawings(600, seed=777)
+    right = float((judge.verdict(pixels) == labels).float().mean())
+    return {"folder": str(folder), "base updates": steps, "judge accuracy on new drawings": right}
+
+
+def write_world(folder: str | Path, n: int, *, seed: int = 0) -> dict[str, Any]:
+    """Images with boxes (`images/`), pairs of clean and defective faces (`pairs/`), and an untrained reward (`reward/`)."""
+    from facescore.pairs.dataset import FILE, PairRecord, write_records
+    from facescore.reward.checkpoint import save_reward
+
+    folder = Path(folder)
+    faces = sample_faces(n, seed=seed)
+    rng = np.random.default_rng(seed)
+    defect, severity = rng.integers(1, len(DEFECTS), n), rng.choice([0.4, 0.7, 1.0], n)
+    clean, bad = to_pil(draw_faces(faces)), to_pil(draw_faces(faces, defect, severity))
+    boxes = [tuple(round(float(v), 2) for v in box) for box in faces.boxes()]
+    with replace_atomically(folder / "images") as partial:
+        partial.mkdir()
+        lines = []
+        for i, image in enumerate(clean):
+            image.save(partial / f"face{i:03d}.png")
+            lines.append(json.dumps({"file_name": f"face{i:03d}.png", "prompt": PROMPTS[0], "boxes": [boxes[i]]}))
+        (partial / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with replace_atomically(folder / "pairs") as partial:
+        (partial / "images").mkdir(parents=True)
+        records = []
+        for i in range(n):
+            win, lose = f"images/{i:03d}.win.png", f"images/{i:03d}.lose.png"
+            clean[i].save(partial / win)
+            bad[i].save(partial / lose)
+            name = DEFECTS[defect[i]]
+            records.append(
+                PairRecord(
+                    f"{i:03d}", win, lose, PROMPTS[0], boxes[i], boxes[i], generator=name,  # type: ignore[arg-type]
+                    strength=float(severity[i]), source=f"face{i:03d}",
+                )
+            )  # fmt: skip
+        write_records(partial / FILE, records)
+    torch.manual_seed(seed)
+    save_reward(small_reward(), folder / "reward")
+    return {"folder": str(folder), "images": n, "pairs": n, "reward": str(folder / "reward")}
+
+
+def small_reward(width: int = 64, depth: int = 3) -> RewardModel:
+    """An untrained reward model of section 2's architecture for 32 x 32 crops.
+
+    Its vocabulary is [PAD] [CLS] [SEP] a face house . ; its own prompt is "a face ." as in the full-size model.
+    """
+    config = RewardModelConfig(
+        image_size=SIZE,
+        patch_size=4,
+        vision_width=width,
+        vision_depth=depth,
+        vision_heads=4,
+        vision_mlp=2 * width,
+        text_width=width,
+        text_depth=2,
+        text_heads=4,
+        text_mlp=2 * width,
+        vocabulary=8,
+        positions=8,
+        head_widths=(width, 32, 16, 8, 1),
+        text_dropout=0.0,
+        prompt_ids=FACE_IDS,
+        pad_to=len(FACE_IDS),
+    )
+    return RewardModel(config)
+
+
+FACE_IDS, HOUSE_IDS = (1, 3, 4, 6, 2), (1, 3, 5, 6, 2)
+"""[CLS] a face . [SEP] and [CLS] a house . [SEP] in the small model's vocabulary."""

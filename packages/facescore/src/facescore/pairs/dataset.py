@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from tenfold_shared.errors import UserError
-from tenfold_shared.hub import replace_atomically
 from torch import Tensor
 
 from facescore.errors import InvalidBoxError, PairFormatError
 from facescore.images import Box, crop_window, open_image, preprocess
+from tenfold_shared.errors import UserError
+from tenfold_shared.hub import replace_atomically
 
 FILE = "pairs.jsonl"
 
@@ -158,7 +158,7 @@ class PairDataset:
         with replace_atomically(path) as partial:
             with webdataset.TarWriter(str(partial)) as sink:
                 for record in self.records:
-                    sample = {"__key__": record.id, "json": asdict(record)}
+                    sample: dict[str, Any] = {"__key__": record.id, "json": asdict(record)}
                     for column in ("win", "lose", "mask"):
                         if (file := getattr(record, column)) is not None:
                             sample[f"{column}.png"] = _png(open_image(self.root / file))
@@ -306,10 +306,13 @@ def _import(found: list[tuple[str, Image.Image, Image.Image]], folder: str | Pat
         (partial / "images").mkdir(parents=True)
         records = []
         for i, (prompt, win, lose) in enumerate(found):
-            names = [f"images/{i:06d}.{part}.png" for part in ("win", "lose")]
-            for name, image in zip(names, (win, lose), strict=True):
-                open_image(image).save(partial / name)
-            records.append(PairRecord(f"{i:06d}", *names, prompt=prompt, generator=generator, source=prompt or f"{i:06d}"))
+            id, files = f"{i:06d}", {part: f"images/{i:06d}.{part}.png" for part in ("win", "lose")}
+            for part, image in (("win", win), ("lose", lose)):
+                open_image(image).save(partial / files[part])
+            source = prompt or id
+            records.append(
+                PairRecord(id, files["win"], files["lose"], prompt=prompt, generator=generator, source=source)
+            )
         write_records(partial / FILE, records)
     return PairDataset.read(folder)
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tenfold_shared.errors import UserError
 from torch import Tensor
 from torch.nn import functional as F
+
+from tenfold_shared.errors import UserError
 
 KINDS = ("epsilon", "v_prediction", "flow")
 TARGETS = ("x0", "teacher", "step")
@@ -93,7 +94,13 @@ def mean_error(difference: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def guidance_x0(
-    kind: str, prediction: Tensor, z_bad: Tensor, x_good: Tensor, alpha: Tensor, sigma: Tensor, mask: Tensor | None = None
+    kind: str,
+    prediction: Tensor,
+    z_bad: Tensor,
+    x_good: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """From the bad state, predict the good image: w |x0_hat(z^b) - x^g|^2, (batch,).
 
@@ -133,9 +140,7 @@ def latent_mask(mask: Tensor, size: tuple[int, int], outside_weight: float) -> T
     return outside_weight + (1 - outside_weight) * pooled
 
 
-def sample_times(
-    n: int, schedule: NoiseSchedule, t_min: float, t_max: float, generator: torch.Generator
-) -> Tensor:
+def sample_times(n: int, schedule: NoiseSchedule, t_min: float, t_max: float, generator: torch.Generator) -> Tensor:
     """(n,) indices of training times, uniform over the share [t_min, t_max] of them."""
     low, high = round(t_min * schedule.length), max(round(t_min * schedule.length) + 1, round(t_max * schedule.length))
     return torch.randint(low, min(high, schedule.length), (n,), generator=generator)

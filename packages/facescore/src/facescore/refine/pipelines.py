@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tenfold_shared.errors import UserError
 from torch import Tensor, nn
 
 from facescore.refine.losses import NoiseSchedule
+from tenfold_shared.errors import UserError
 
 Condition = dict[str, Tensor]
 """Keyword arguments of the denoiser, one row per prompt."""
@@ -80,7 +80,9 @@ class SDXL(Backbone):
             prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         width, height = size
-        ids = torch.tensor([[height, width, 0, 0, height, width]] * len(prompts), device=self.device, dtype=embeds.dtype)
+        ids = torch.tensor(
+            [[height, width, 0, 0, height, width]] * len(prompts), device=self.device, dtype=embeds.dtype
+        )
         return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": ids}
 
     def arguments(self, condition: Condition) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Fine-tuning a diffusion model for faces, as LoRA or whole, by one of five methods.
 
-    sft       denoising loss on the good images
-    guidance  the same, plus lambda times the trajectory loss that leads the bad state to the good image (2406.17100v1; the
-              formula is not public, `target` names three readings of it: x0, teacher, step)
-    dpo       Diffusion-DPO on (good, bad) (2406.17100v2)
-    refl      the reward's gradient through the last denoising step (2304.05977, section 3.2)
-    filter    sft on the best share of the model's own samples, by the reward
+sft       denoising loss on the good images
+guidance  the same, plus lambda times the trajectory loss that leads the bad state to the good image (2406.17100v1; the
+          formula is not public, `target` names three readings of it: x0, teacher, step)
+dpo       Diffusion-DPO on (good, bad) (2406.17100v2)
+refl      the reward's gradient through the last denoising step (2304.05977, section 3.2)
+filter    sft on the best share of the model's own samples, by the reward
 """
 
 import contextlib
@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tenfold_shared.errors import UserError
-from tenfold_shared.hub import replace_atomically
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,6 +26,8 @@ from facescore.errors import CheckpointError, TrainingError
 from facescore.pairs.dataset import PairDataset, TensorPairs
 from facescore.refine import losses
 from facescore.refine.pipelines import Backbone, Condition, backbone_of, to_pixels
+from tenfold_shared.errors import UserError
+from tenfold_shared.hub import replace_atomically
 
 METHODS = ("sft", "guidance", "dpo", "refl", "filter")
 STATE = "training.pt"
@@ -173,7 +173,9 @@ class FaceTuner:
             rank = self.config.lora_rank
             # A fresh adapter is the identity: B starts at zero.
             module.add_adapter(
-                LoraConfig(r=rank, lora_alpha=rank, target_modules=list(self.config.lora_targets), init_lora_weights=True)
+                LoraConfig(
+                    r=rank, lora_alpha=rank, target_modules=list(self.config.lora_targets), init_lora_weights=True
+                )
             )
         self.trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
 
@@ -190,9 +192,7 @@ class FaceTuner:
         finally:
             module.enable_adapters()
 
-    def train(
-        self, *, resume: bool = False, on_step: Callable[[int, "FaceTuner"], None] | None = None
-    ) -> "FaceTuner":
+    def train(self, *, resume: bool = False, on_step: Callable[[int, "FaceTuner"], None] | None = None) -> "FaceTuner":
         """Train to the end and return self. on_step: called after each update with its number.
 
         resume: go on from `training.pt` in the output folder. Raises TrainingError with the pair ids when a loss is not
@@ -404,7 +404,9 @@ class FaceTuner:
             found = [pairs_on_disk.mask(i) for i in range(len(pairs_on_disk))]
             masks = None
             if all(m is not None for m in found):
-                arrays = [np.asarray(m.resize(whole[0][0].size), dtype=np.float32) / 255 for m in found if m is not None]
+                arrays = [
+                    np.asarray(m.resize(whole[0][0].size), dtype=np.float32) / 255 for m in found if m is not None
+                ]
                 masks = torch.from_numpy(np.stack(arrays))[:, None]
         size = whole[0][0].size
         whole = [tuple(i if i.size == size else i.resize(size) for i in pair) for pair in whole]
@@ -455,10 +457,14 @@ class FaceTuner:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             before = json.loads(saved["config"])
         except Exception as error:  # torch raises half a dozen kinds for a damaged file
-            raise CheckpointError(f"'{path}' is damaged ({type(error).__name__})", hint="start without resume") from error
+            raise CheckpointError(
+                f"'{path}' is damaged ({type(error).__name__})", hint="start without resume"
+            ) from error
         now = json.loads(self._signature())
         if changed := sorted(k for k in now if now[k] != before.get(k)):
-            raise UserError(f"'{path}' was made with another {', '.join(changed)}", hint="resume with the same settings")
+            raise UserError(
+                f"'{path}' was made with another {', '.join(changed)}", hint="resume with the same settings"
+            )
         return saved
 
 

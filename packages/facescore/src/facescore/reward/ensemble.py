@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tenfold_shared.errors import UserError
 from torch import Tensor
 from torch.nn import functional as F
 
 from facescore.pairs.dataset import Pairs
 from facescore.reward.model import RewardModel
+from tenfold_shared.errors import UserError
 
 
 @dataclass
@@ -32,7 +32,8 @@ class HeadEnsemble:
         """Fit the members. ridge: pull towards the model's own head, in units of the pairs' mean loss."""
         if members < 2 or len(pairs) < 2:
             raise UserError(f"an ensemble needs 2 or more members and pairs, given {members} and {len(pairs)}")
-        size, own, bias = model.config.image_size, *model.collapse_head()
+        size = model.config.image_size
+        own, bias = model.collapse_head()
         with torch.no_grad():
             differences = []
             for i in range(len(pairs)):

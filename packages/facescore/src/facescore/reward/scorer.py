@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tenfold_shared.errors import UserError
 from torch import Tensor
 
 from facescore.detectors import Detector, make_detector
 from facescore.errors import NoFaceError, TokenizerMissingError
-from facescore.images import Box, crop_window, open_image, preprocess
+from facescore.images import Box, crop_window, differentiable_crops, open_image, preprocess
 from facescore.reward.checkpoint import load_reward
 from facescore.reward.model import RewardModel, normalize_reward
+from tenfold_shared.errors import UserError
 
 CONFIDENCE = 0.9
 """A calibrated detector's faces below this are left out, as in the original."""
@@ -121,9 +121,7 @@ class FaceScorer:
             for detection in self.detector.detect(image):
                 if self.detector.calibrated and detection.confidence < self.confidence:
                     continue
-                window = crop_window(
-                    detection.box, image.size, crop=self.crop, margin=self.margin, compat=self.compat
-                )
+                window = crop_window(detection.box, image.size, crop=self.crop, margin=self.margin, compat=self.compat)
                 if window is None:
                     continue
                 kept.append((detection.box, detection.confidence, detection.landmarks))
@@ -132,11 +130,11 @@ class FaceScorer:
                 raise NoFaceError(f"no face in {source_of(item)}", hint="try another detector")
             found.append(kept)
         with torch.inference_mode():
-            scores = [
-                s
-                for batch in torch.stack(pixels).split(self.batch_size)
-                for s in self.score_crops(batch).tolist()
-            ] if pixels else []
+            scores = (
+                [s for batch in torch.stack(pixels).split(self.batch_size) for s in self.score_crops(batch).tolist()]
+                if pixels
+                else []
+            )
         stream = iter(scores)
         return [
             FaceScoreResult(
@@ -153,6 +151,27 @@ class FaceScorer:
         reward = self.model(pixel_values.to(device=self.device, dtype=weight.dtype))
         return normalize_reward(reward) if self.normalize else reward
 
+    def score_images(self, pixels: Tensor) -> Tensor:
+        """The best face's score of each image, (n,), from pixels (n, 3, H, W) in [0, 1]; NaN where no face is found.
+
+        Differentiable in the pixels; the boxes count as constants.
+        """
+        rows, boxes = [], []
+        for i, image in enumerate(pixels):
+            for detection in self.detector.detect(open_image(image)):
+                if not self.detector.calibrated or detection.confidence >= self.confidence:
+                    rows.append(i)
+                    boxes.append(detection.box)
+        best = pixels.new_full((len(pixels),), float("nan"))
+        if not rows:
+            return best
+        crops = differentiable_crops(pixels[rows], boxes, self.model.config.image_size)
+        scores = self.score_crops(crops).to(pixels)
+        index = torch.tensor(rows, device=pixels.device)
+        for i in sorted(set(rows)):
+            best = best.index_put((torch.tensor([i], device=pixels.device),), scores[index == i].max()[None])
+        return best
+
     def saliency(self, pixel_values: Tensor) -> Tensor:
         """How much each pixel matters: |gradient x input| summed over channels, (n, S, S), of normalised crops."""
         x = pixel_values.detach().to(self.device).requires_grad_()
@@ -166,9 +185,7 @@ class ImageRewardModel:
     tokenizer: one of transformers', needed for prompts other than the model's own.
     """
 
-    def __init__(
-        self, model: RewardModel, tokenizer: Any = None, *, device: str = "cpu", normalize: bool = True
-    ):
+    def __init__(self, model: RewardModel, tokenizer: Any = None, *, device: str = "cpu", normalize: bool = True):
         self.device = pick_device(device)
         self.model, self.tokenizer, self.normalize = model.to(self.device).eval(), tokenizer, normalize
 

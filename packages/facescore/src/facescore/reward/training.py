@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tenfold_shared.errors import UserError
-from tenfold_shared.hub import replace_atomically
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -26,6 +24,8 @@ from facescore.errors import CheckpointError, TrainingError
 from facescore.pairs.dataset import Pairs, split_by_source
 from facescore.reward.checkpoint import save_reward
 from facescore.reward.model import RewardModel
+from tenfold_shared.errors import UserError
+from tenfold_shared.hub import replace_atomically
 
 STATE = "training.pt"
 
@@ -162,7 +162,11 @@ class RewardTrainer:
                 step, best, best_state = saved["step"], tuple(saved["best"]), saved["best_model"]
                 waited, history = saved["waited"], saved["history"]
         bar = tqdm(
-            total=total, initial=step, desc="reward", disable=None if accelerator.is_main_process else True, mininterval=2
+            total=total,
+            initial=step,
+            desc="reward",
+            disable=None if accelerator.is_main_process else True,
+            mininterval=2,
         )
         while step < total and not (c.patience is not None and waited > c.patience):
             rows = self._batch(step, per_epoch)
@@ -181,8 +185,10 @@ class RewardTrainer:
                         best_state = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
                 else:
                     waited += 1
-            if self.output is not None and accelerator.is_main_process and (
-                step % c.save_every == 0 if c.save_every else validated
+            if (
+                self.output is not None
+                and accelerator.is_main_process
+                and (step % c.save_every == 0 if c.save_every else validated)
             ):
                 self._save(
                     {"step": step, "best": list(best), "best_model": best_state, "waited": waited, "history": history,
@@ -301,10 +307,14 @@ class RewardTrainer:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             before = json.loads(saved["config"])
         except Exception as error:  # torch raises half a dozen kinds for a damaged file
-            raise CheckpointError(f"'{path}' is damaged ({type(error).__name__})", hint="start without resume") from error
+            raise CheckpointError(
+                f"'{path}' is damaged ({type(error).__name__})", hint="start without resume"
+            ) from error
         now = json.loads(json.dumps(asdict(self.config)))
         if changed := sorted(k for k in now if now[k] != before.get(k)):
-            raise UserError(f"'{path}' was made with another {', '.join(changed)}", hint="resume with the same settings")
+            raise UserError(
+                f"'{path}' was made with another {', '.join(changed)}", hint="resume with the same settings"
+            )
         return saved
 
 
