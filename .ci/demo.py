@@ -14,7 +14,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-
 from tenfold_shared.cli import cell
 from tenfold_shared.hub import replace_atomically
 

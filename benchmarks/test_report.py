@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from tenfold_shared.claims import Claim, folder_digest, write_claims
 
 HERE = Path(__file__).resolve().parent

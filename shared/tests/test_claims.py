@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-
 from tenfold_shared.claims import Claim, folder_digest, read_claims, run_benchmark, spread, write_claims
 from tenfold_shared.errors import UserError
 

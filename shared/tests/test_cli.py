@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
-from typer.testing import CliRunner
-
 from tenfold_shared import cli
 from tenfold_shared.errors import UserError
+from typer.testing import CliRunner
 
 TABLE = cli.Table("Runs", ["name", "value"], [["a", 1.23456], ["b", None]])
 

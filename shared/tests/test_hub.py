@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from transformers import AutoModel, BertConfig, BertModel
-
 from tenfold_shared.errors import UserError
 from tenfold_shared.hub import load_model, load_pipeline, load_tokenizer, replace_atomically
+from transformers import AutoModel, BertConfig, BertModel
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 import itertools
 
 import pytest
-
 from tenfold_shared.errors import UserError
 from tenfold_shared.timing import compare
 

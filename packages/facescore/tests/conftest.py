@@ -1,13 +1,15 @@
 """Small models and pipelines in the real formats, made on the spot."""
 
+import os
 from dataclasses import replace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test asks the network
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from facescore.reward.model import RewardModel, RewardModelConfig
+from PIL import Image
 
 TINY = RewardModelConfig(
     image_size=16, patch_size=4, vision_width=32, vision_depth=3, vision_heads=2, vision_mlp=48,

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-
 from facescore.errors import CheckpointError
 from facescore.reward.checkpoint import from_official, load_reward, official_state, save_reward, to_official, to_ours
 from tenfold_shared.errors import UserError
@@ -106,6 +105,7 @@ def test_damaged_and_unsafe_files(tmp_path, reward, capsys):
         load_reward("nobody/nothing-of-this-name")
     with pytest.raises(UserError, match="layout is 'zip'"):
         save_reward(reward, tmp_path / "x", layout="zip")
-    (path.parent / "config.json").unlink()
+    bare = save_reward(reward, tmp_path / "bare")
+    (bare.parent / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config\.json"):
-        load_reward(path)
+        load_reward(bare)

@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
-from skimage import data
-
 from facescore.detectors import Boxes, Detector, Dlib, FullImage, SkimageLBP, make_detector
 from facescore.errors import DetectorUnavailableError, InvalidBoxError
 from facescore.reward.scorer import load_named
+from PIL import Image
+from skimage import data
 from tenfold_shared.errors import UserError
 
 

@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
-from scipy.stats import binomtest, kendalltau, spearmanr
-
 from facescore import TensorPairs, evaluate, evaluate_rankings, reward_scorer
 from facescore.evaluation.baselines import Eigenfaces, NaturalStatistics, sharpness
 from facescore.evaluation.statistics import bradley_terry, correct, paired_bootstrap, rank_correlations, roc_auc, wilson
 from facescore.pairs.dataset import Ranking
+from PIL import Image, ImageFilter
+from scipy.stats import binomtest, kendalltau, spearmanr
 from tenfold_shared.errors import UserError
 
 

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from facescore.errors import ImageError, InvalidBoxError
 from facescore.images import crop_window, differentiable_crops, normalise, open_image, preprocess
+from PIL import Image
 
 
 def test_crop_is_the_published_formula_on_random_boxes():

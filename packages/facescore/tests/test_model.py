@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F
-
 from facescore.reward.checkpoint import official_state
 from facescore.reward.model import RewardHead, RewardModelConfig, normalize_reward
 from tenfold_shared.errors import UserError
+from torch.nn import functional as F
 
 
 def layer_norm(x, state, name, eps):
@@ -111,5 +110,5 @@ def test_errors(reward):
         reward(torch.zeros(1, 3, 8, 8))
     with pytest.raises(UserError, match="do not divide"):
         RewardModelConfig(vision_width=10, vision_heads=3)
-    with pytest.raises(UserError, match="unknown fields.*colour"):
+    with pytest.raises(UserError, match=r"unknown fields.*colour"):
         RewardModelConfig.from_dict({"colour": 1})

@@ -6,13 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from facescore import InpaintPairBuilder, PairDataset
 from facescore.errors import PairFormatError
 from facescore.pairs.builder import face_mask, paste, read_images
 from facescore.pairs.dataset import FILE, import_imagereward, import_pickapic, read_rankings, split_by_source
 from facescore.testbed import Templates, new_pipeline, plain_box, to_pil, write_world
+from PIL import Image
 from tenfold_shared.errors import UserError
 
 
@@ -35,7 +34,7 @@ def plain_items(n=4):
 def builder(**options):
     torch.manual_seed(0)
     settings = {"min_face": 8, "missing": "ignore", "options": {"num_inference_steps": 3}, **options}
-    return InpaintPairBuilder(new_pipeline((12, 24)), "full-image", **settings)
+    return InpaintPairBuilder(new_pipeline((16, 24)), "full-image", **settings)
 
 
 def test_reads_and_splits_by_source(world):
@@ -159,7 +158,7 @@ def test_copied_faces_are_left_out_and_lost_faces_flagged():
     made = InpaintPairBuilder(Copy(), "full-image", min_face=8, missing="ignore")
     assert list(made.pairs(plain_items())) == [] and made.counts["same"] == 4
     torch.manual_seed(0)
-    pipe = new_pipeline((12, 24))
+    pipe = new_pipeline((16, 24))
     for missing, expected in (("flag", 4), ("drop", 0)):
         made = InpaintPairBuilder(pipe, Once(), min_face=8, missing=missing, options={"num_inference_steps": 2})
         found = list(made.pairs(plain_items()))

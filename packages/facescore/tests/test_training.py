@@ -6,12 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
-
 from facescore import RewardConfig, RewardTrainer, TensorPairs, load_reward
 from facescore.errors import CheckpointError, TrainingError
 from facescore.reward.training import freeze, pair_loss
 from tenfold_shared.errors import UserError
+from torch.nn import functional as F
 
 PLAIN = {"lr": 2e-3, "batch_size": 4, "fix_rate": 0.0, "validation": 0.0, "dropout": False}
 
@@ -23,6 +22,12 @@ def random_pairs(n=8, seed=0):
 
 def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def rewards(model):
+    """On fixed pictures. A key's bias has no gradient but rounding noise, which Adam makes into steps: weights may differ."""
+    with torch.no_grad():
+        return model(torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(5)))
 
 
 def test_loss_is_cross_entropy_of_the_two_rewards():
@@ -63,14 +68,15 @@ def test_two_updates_equal_a_plain_loop(make_reward):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * 0.5 * (1 + np.cos(np.pi * step / 2))
         optimizer.step()
-    torch.testing.assert_close(weights(trained), weights(plain), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rewards(trained), rewards(plain), rtol=1e-3, atol=1e-3)
+    assert (rewards(trained) - rewards(make_reward())).abs().max() > 0.02
 
 
 def test_accumulation_equals_one_batch(make_reward):
     one, four = make_reward(), make_reward()
     for model, parts in ((one, 1), (four, 4)):
         RewardTrainer(model, random_pairs(), RewardConfig(**PLAIN, max_steps=2, accumulation=parts)).train()
-    torch.testing.assert_close(weights(one), weights(four), rtol=1e-3, atol=2e-5)
+    torch.testing.assert_close(rewards(one), rewards(four), rtol=1e-3, atol=1e-3)
 
 
 def test_overfits_eight_pairs(make_reward):
@@ -88,7 +94,7 @@ def test_head_only_uses_cached_features_and_gives_the_same(make_reward, monkeypa
     monkeypatch.setattr(slow, "_features", lambda rows, pixels: plain.feature(
         plain.vision_tokens(pixels.flatten(0, 1))).view(len(rows), 2, -1))  # fmt: skip
     slow.train()
-    torch.testing.assert_close(weights(cached), weights(plain), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rewards(cached), rewards(plain), rtol=1e-4, atol=1e-5)
 
 
 def test_best_validation_weights_are_kept_and_patience_stops(make_reward, tmp_path):
@@ -125,7 +131,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(make_reward, tmp_path):
     resumed = make_reward(seed=9)
     RewardTrainer(resumed, random_pairs(12), config, output=tmp_path).train(resume=True)
     assert torch.equal(weights(resumed), weights(whole))
-    with pytest.raises(UserError, match="another lr"):
+    with pytest.raises(UserError, match=r"another .*lr"):
         RewardTrainer(make_reward(), random_pairs(12), RewardConfig(lr=1), output=tmp_path).train(resume=True)
     (tmp_path / "training.pt").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="damaged"):
@@ -135,12 +141,12 @@ def test_killed_and_resumed_ends_with_the_same_weights(make_reward, tmp_path):
 SCRIPT = """
 import sys, torch
 from conftest import TINY, randomise
-from test_training import PLAIN, random_pairs, weights
+from test_training import PLAIN, random_pairs, rewards
 from facescore import RewardConfig, RewardModel, RewardTrainer
 torch.set_num_threads(1)
 model = randomise(RewardModel(TINY))
 RewardTrainer(model, random_pairs(), RewardConfig(**PLAIN, max_steps=2)).train()
-torch.save(weights(model), sys.argv[1])
+torch.save(rewards(model), sys.argv[1])
 """
 
 
@@ -157,7 +163,7 @@ def test_two_processes_equal_one(make_reward, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    torch.testing.assert_close(torch.load(tmp_path / "w.pt"), weights(one), rtol=1e-3, atol=2e-5)
+    torch.testing.assert_close(torch.load(tmp_path / "w.pt"), rewards(one), rtol=1e-3, atol=1e-3)
 
 
 def test_not_finite_stops_with_the_ids_and_bad_settings(make_reward):

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from tenfold_shared.cli import Device, Json, Output, Resume, Seed, Table, emit, make_app
 from tenfold_shared.errors import UserError
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tenfold_shared import figures
+from tenfold_shared.cli import Table, write_summary
 from torch import Tensor
 
 from facescore.evaluation.statistics import roc_auc
@@ -25,8 +27,6 @@ from facescore.testbed import (
     to_pil,
     to_tensor,
 )
-from tenfold_shared import figures
-from tenfold_shared.cli import Table, write_summary
 
 
 def run(

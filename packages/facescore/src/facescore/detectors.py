@@ -13,10 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
+from tenfold_shared.errors import UserError
 
 from facescore.errors import DetectorUnavailableError, InvalidBoxError
 from facescore.images import Box
-from tenfold_shared.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
+from tenfold_shared.errors import UserError
 
 from facescore.reward.scorer import FaceScorer
-from tenfold_shared.errors import UserError
 
 
 class FaceScoreMetric:

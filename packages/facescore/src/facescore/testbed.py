@@ -20,13 +20,13 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from PIL import Image
+from tenfold_shared.hub import replace_atomically
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from facescore.images import Box
 from facescore.reward.model import RewardModel, RewardModelConfig
-from tenfold_shared.hub import replace_atomically
 
 SIZE = 32
 """Pixels of a side."""
@@ -371,7 +371,7 @@ def new_pipeline(channels: tuple[int, ...] = (24, 48)) -> DrawnFacePipeline:
         layers_per_block=1,
         norm_num_groups=8,
         cross_attention_dim=16,
-        attention_head_dim=channels[0] // 3,
+        attention_head_dim=8,
         down_block_types=("DownBlock2D",) * levels + ("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * levels,
         mid_block_type="UNetMidBlock2DCrossAttn",

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
+from tenfold_shared.hub import replace_atomically
 
 from facescore.images import open_image
 from facescore.reward.scorer import FaceScoreResult
-from tenfold_shared.hub import replace_atomically
 
 COLOUR = "#c1432e"
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
-
 from tenfold_shared.errors import UserError
 
 Array = np.ndarray

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tenfold_shared.errors import UserError
 
 from facescore.evaluation.statistics import correct, paired_bootstrap, rank_correlations, wilson
 from facescore.images import open_image, preprocess
 from facescore.pairs.dataset import Pairs, Ranking
 from facescore.reward.model import RewardModel
-from tenfold_shared.errors import UserError
 
 Scorer = Callable[[Sequence[Image.Image]], Any]
 """Pictures of faces to one number each, higher for better."""

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-
 from tenfold_shared.errors import UserError
 
 Array = np.ndarray

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
+from tenfold_shared.errors import UserError
 from tqdm.auto import tqdm
 
 from facescore.detectors import Detection, Detector, make_detector
 from facescore.errors import PairFormatError
 from facescore.images import Box, open_image
 from facescore.pairs.dataset import FILE, PairDataset, PairRecord, line_of, parse_record, write_records
-from tenfold_shared.errors import UserError
 
 SAME = 2 / 255
 """A mean difference inside the mask below this counts as the same face."""

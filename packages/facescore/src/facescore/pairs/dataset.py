@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from tenfold_shared.errors import UserError
+from tenfold_shared.hub import replace_atomically
 from torch import Tensor
 
 from facescore.errors import InvalidBoxError, PairFormatError
 from facescore.images import Box, crop_window, open_image, preprocess
-from tenfold_shared.errors import UserError
-from tenfold_shared.hub import replace_atomically
 
 FILE = "pairs.jsonl"
 
@@ -208,7 +208,7 @@ class TensorPairs:
         return preprocess(win, size), preprocess(lose, size)
 
     def select(self, rows: Sequence[int]) -> "TensorPairs":
-        index = torch.as_tensor(list(rows))
+        index = torch.as_tensor(list(rows), dtype=torch.long)
         return TensorPairs(
             self.win[index],
             self.lose[index],

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tenfold_shared.errors import UserError
 from torch import Tensor
 from torch.nn import functional as F
-
-from tenfold_shared.errors import UserError
 
 KINDS = ("epsilon", "v_prediction", "flow")
 TARGETS = ("x0", "teacher", "step")

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tenfold_shared.errors import UserError
 from torch import Tensor, nn
 
 from facescore.refine.losses import NoiseSchedule
-from tenfold_shared.errors import UserError
 
 Condition = dict[str, Tensor]
 """Keyword arguments of the denoiser, one row per prompt."""

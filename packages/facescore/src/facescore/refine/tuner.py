@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tenfold_shared.errors import UserError
+from tenfold_shared.hub import replace_atomically
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,8 +28,6 @@ from facescore.errors import CheckpointError, TrainingError
 from facescore.pairs.dataset import PairDataset, TensorPairs
 from facescore.refine import losses
 from facescore.refine.pipelines import Backbone, Condition, backbone_of, to_pixels
-from tenfold_shared.errors import UserError
-from tenfold_shared.hub import replace_atomically
 
 METHODS = ("sft", "guidance", "dpo", "refl", "filter")
 STATE = "training.pt"

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tenfold_shared.errors import UserError
+from tenfold_shared.hub import replace_atomically
 from torch import Tensor
 
 from facescore.errors import CheckpointError
 from facescore.reward.model import RewardModel, RewardModelConfig
-from tenfold_shared.errors import UserError
-from tenfold_shared.hub import replace_atomically
 
 OFFICIAL_FILES = ("FS_model.pt", "ImageReward.pt")
 UNUSED = re.compile(r"blip\.(vision_proj|text_proj)\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids")

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tenfold_shared.errors import UserError
 from torch import Tensor
 from torch.nn import functional as F
 
 from facescore.pairs.dataset import Pairs
 from facescore.reward.model import RewardModel
-from tenfold_shared.errors import UserError
 
 
 @dataclass

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from tenfold_shared.errors import UserError
 from torch import Tensor, nn
 from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
-
-from tenfold_shared.errors import UserError
 
 IMAGE_REWARD_MEAN = 0.16717362830052426
 IMAGE_REWARD_STD = 1.0333394966054072

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tenfold_shared.errors import UserError
 from torch import Tensor
 
 from facescore.detectors import Detector, make_detector
@@ -16,7 +17,6 @@ from facescore.errors import NoFaceError, TokenizerMissingError
 from facescore.images import Box, crop_window, differentiable_crops, open_image, preprocess
 from facescore.reward.checkpoint import load_reward
 from facescore.reward.model import RewardModel, normalize_reward
-from tenfold_shared.errors import UserError
 
 CONFIDENCE = 0.9
 """A calibrated detector's faces below this are left out, as in the original."""

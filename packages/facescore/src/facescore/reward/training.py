@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from tenfold_shared.errors import UserError
+from tenfold_shared.hub import replace_atomically
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -24,8 +26,6 @@ from facescore.errors import CheckpointError, TrainingError
 from facescore.pairs.dataset import Pairs, split_by_source
 from facescore.reward.checkpoint import save_reward
 from facescore.reward.model import RewardModel
-from tenfold_shared.errors import UserError
-from tenfold_shared.hub import replace_atomically
 
 STATE = "training.pt"
 
