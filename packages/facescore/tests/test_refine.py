@@ -89,10 +89,10 @@ def test_ddim_step_is_diffusers():
 
 
 def test_dpo_masks_and_weights():
-    w, l, rw, rl = (torch.rand(5) for _ in range(4))
-    expected = torch.nn.functional.softplus(50 * ((w - rw) - (l - rl)))
-    torch.testing.assert_close(losses.dpo(w, l, rw, rl, 100.0), expected)
-    assert losses.dpo(w, l, w, l, 5000.0).allclose(torch.tensor(2.0).log())
+    w, b, rw, rb = (torch.rand(5) for _ in range(4))
+    expected = torch.nn.functional.softplus(50 * ((w - rw) - (b - rb)))
+    torch.testing.assert_close(losses.dpo(w, b, rw, rb, 100.0), expected)
+    assert losses.dpo(w, b, w, b, 5000.0).allclose(torch.tensor(2.0).log())
     difference, mask = some(2, 3, 8, 8), torch.zeros(2, 1, 8, 8)
     mask[:, :, :4] = 1
     torch.testing.assert_close(losses.mean_error(difference, mask), losses.mean_error(difference[:, :, :4]))

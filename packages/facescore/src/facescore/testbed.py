@@ -313,7 +313,8 @@ class DrawnFacePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         condition = self.encode_prompt(prompts).to(self.device)
-        shape = (4, PLAIN // 2, PLAIN // 2)
+        known = self.encode_image(_stack(image)) if image is not None else None
+        shape = (4, PLAIN // 2, PLAIN // 2) if known is None else tuple(known.shape[1:])
         generators = generator if isinstance(generator, list) else [generator]
         if len(generators) == 1:
             noise = torch.randn((len(prompts), *shape), generator=generators[0])
@@ -322,15 +323,14 @@ class DrawnFacePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         self.scheduler.set_timesteps(num_inference_steps)
         times = self.scheduler.timesteps
         latents = noise
-        if image is not None:
-            known = self.encode_image(_stack(image))
+        if known is not None:
             mask = F.pixel_unshuffle(_stack(mask_image)[:, :1], 2)
             times = times[len(times) - max(1, round(strength * len(times))) :]
             latents = self.scheduler.add_noise(known, noise, times[:1].expand(len(known)))
         for t in times:
             velocity = self.unet(latents, t, condition).sample
             latents = self.scheduler.step(velocity, t, latents).prev_sample
-            if image is not None:
+            if known is not None:
                 before = t - self.scheduler.config.num_train_timesteps // num_inference_steps
                 again = known if before < 0 else self.scheduler.add_noise(known, noise, before.expand(len(known)))
                 latents = mask * latents + (1 - mask) * again
