@@ -221,7 +221,10 @@ def evaluate(
 
     data = PairDataset.read(pairs) if pairs is not None else None
     ranked = read_rankings(rankings) if rankings is not None else None
-    built: dict[str, Scorer] = {name: _scorer(name, clean) for name in scorers.split(",")}
+    asked = scorers.split(",")
+    short = [text.partition("=")[0] for text in asked]
+    names = [name if short.count(name) == 1 else text for name, text in zip(short, asked, strict=True)]
+    built: dict[str, Scorer] = {name: _scorer(text, clean) for name, text in zip(names, asked, strict=True)}
     if ranked is not None:
         rows = [[name, *evaluate_rankings(ranked, s).values()] for name, s in built.items()]
         emit(Table(f"{len(ranked)} rankings", ["scorer", "accuracy", "kendall", "spearman"], rows), json)

@@ -1,6 +1,7 @@
 """The demo: a reward trained on inpainted faces ranks faces and says why; the tiny diffusion model before and after."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def run(
     ).train()  # fmt: skip
     after = _sample(pipe, PROMPTS[0], samples, seed)
     houses = _sample(pipe, PROMPTS[1], samples // 2, seed)
-    rows = []
+    rows: list[list[Any]] = []
     for name, pixels in (("before", before), ("after", after)):
         kinds, distance = templates.judge(pixels)
         rows.append([name, float((kinds == 0).mean()), float(distance.mean()), float(_scores(reward, pixels).mean())])

@@ -189,7 +189,7 @@ class TensorPairs:
         self.ids = list(ids) if ids is not None else [str(i) for i in range(len(win))]
         self.sources = list(sources) if sources is not None else self.ids
         self.generators = list(generators) if generators is not None else [""] * len(win)
-        self.severities = list(severities) if severities is not None else [None] * len(win)
+        self.severities: list[float | None] = list(severities) if severities is not None else [None] * len(win)
         self.prompts = list(prompts) if prompts is not None else ["a face"] * len(win)
         self.masks = masks
 
