@@ -76,7 +76,8 @@ def test_accumulation_equals_one_batch(make_reward):
     one, four = make_reward(), make_reward()
     for model, parts in ((one, 1), (four, 4)):
         RewardTrainer(model, random_pairs(), RewardConfig(**PLAIN, max_steps=2, accumulation=parts)).train()
-    torch.testing.assert_close(rewards(one), rewards(four), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(rewards(one), rewards(four), rtol=1e-3, atol=4e-3)
+    assert (rewards(one) - rewards(make_reward())).abs().max() > 0.04
 
 
 def test_overfits_eight_pairs(make_reward):
