@@ -1,0 +1,1 @@
+"""Pairs of a better and a worse face: their file format, and how they are made by inpainting."""

@@ -1,0 +1,283 @@
+"""Pairs without human labels: a real face wins, the same face repainted by a diffusion model loses (2406.17100).
+
+For each face that is large and sure enough
+
+    m = feather(enlarge(box, 1.1)),   out = inpaint(caption, image, m, strength),   lose = (1 - m) image + m out,
+
+so that only the face differs. A repainted face that is (nearly) the original is left out. Some losers are in truth fine:
+the labels are noisy by construction, and `label_smoothing` in training is for that.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from tenfold_shared.errors import UserError
+from tqdm.auto import tqdm
+
+from facescore.detectors import Detection, Detector, make_detector
+from facescore.errors import PairFormatError
+from facescore.images import Box, open_image
+from facescore.pairs.dataset import FILE, PairDataset, PairRecord, line_of, parse_record, write_records
+
+SAME = 2 / 255
+"""A mean difference inside the mask below this counts as the same face."""
+
+
+@dataclass
+class InpaintedPair:
+    """A pair before it is written."""
+
+    record: PairRecord
+    win: Image.Image
+    lose: Image.Image
+    mask: Image.Image
+
+
+@dataclass
+class _Job:
+    id: str
+    source: str
+    prompt: str
+    image: Image.Image
+    detection: Detection
+    strength: float
+    seed: int
+
+
+class InpaintPairBuilder:
+    """Makes (win, lose) pairs of real pictures with an inpainting pipeline.
+
+    pipe: any pipeline called as diffusers' inpainting ones are (`prompt, image, mask_image, strength, generator`); the
+    one that is to be improved, where the pairs also feed fine-tuning. strength: one or several in (0, 1]; several give
+    graded losers. min_face: smallest side of a face in pixels. enlarge: the mask's size against the box. feather: radius
+    of the mask's soft edge, as a share of the face's smaller side. missing: what to do with a loser in which no face is
+    found again, "flag", "drop" or "ignore" (do not look). options: further arguments of every call of the pipeline.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        detector: str | Detector = "skimage-lbp",
+        strength: float | Sequence[float] = 1.0,
+        *,
+        min_face: int = 64,
+        confidence: float = 0.9,
+        enlarge: float = 1.1,
+        feather: float = 0.06,
+        missing: str = "flag",
+        generator_id: str = "",
+        seed: int = 0,
+        batch_size: int = 1,
+        options: Mapping[str, Any] | None = None,
+    ):
+        self.strengths = [float(s) for s in (strength if isinstance(strength, Sequence) else [strength])]
+        if not self.strengths or not all(0 < s <= 1 for s in self.strengths):
+            raise UserError(f"strength is {strength}, expected numbers in (0, 1]")
+        if missing not in ("flag", "drop", "ignore"):
+            raise UserError(f"missing is {missing!r}, expected flag, drop or ignore")
+        self.pipe, self.detector = pipe, make_detector(detector)
+        self.min_face, self.confidence, self.enlarge, self.feather = min_face, confidence, enlarge, feather
+        self.missing, self.generator_id = missing, generator_id or type(pipe).__name__
+        self.seed, self.batch_size, self.options = seed, batch_size, dict(options or {})
+        self.counts = {"pairs": 0, "same": 0, "no face in the loser": 0, "without a face": 0}
+
+    def pairs(self, dataset: Iterable[Mapping[str, Any]], *, skip: set[str] | None = None) -> Iterator[InpaintedPair]:
+        """Pairs one by one. dataset: items with `image`, and `id`, `prompt` and `boxes` where known."""
+        jobs: list[_Job] = []
+        for number, item in enumerate(dataset):
+            for job in self._jobs(item, number):
+                if job.id not in (skip or set()):
+                    jobs.append(job)
+            while len(jobs) >= self.batch_size:
+                yield from self._run(jobs[: self.batch_size])
+                jobs = jobs[self.batch_size :]
+        if jobs:
+            yield from self._run(jobs)
+
+    def build(
+        self, dataset: str | Path | Iterable[Mapping[str, Any]], out_dir: str | Path, *, resume: bool = True
+    ) -> PairDataset:
+        """Write pairs into a folder as they are made, and read it back.
+
+        dataset: see `pairs`, or a folder of images (see `read_images`). resume: keep the pairs that are there and make
+        the missing ones; without it a folder that holds pairs is an error. An interrupt leaves whole records only.
+        """
+        folder = Path(out_dir)
+        items = read_images(dataset) if isinstance(dataset, str | Path) else dataset
+        done = _mend(folder / FILE) if resume else []
+        if not resume and (folder / FILE).exists():
+            raise UserError(f"'{folder}' holds pairs already", hint="pass resume, or another folder")
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        with open(folder / FILE, "a", encoding="utf-8") as stream:
+            for pair in tqdm(self.pairs(items, skip={r.id for r in done}), desc="pairs", disable=None):
+                for name, image in ((pair.record.win, pair.win), (pair.record.lose, pair.lose)):
+                    image.save(folder / name)
+                pair.mask.save(folder / str(pair.record.mask))
+                # The line is the commit: it is written when the images are, and a torn one is dropped on resuming.
+                stream.write(line_of(pair.record))
+                stream.flush()
+                os.fsync(stream.fileno())
+        return PairDataset.read(folder)
+
+    def _jobs(self, item: Mapping[str, Any], number: int) -> Iterator[_Job]:
+        if "image" not in item:
+            raise PairFormatError(f"item {number}: missing 'image'")
+        image = open_image(item["image"])
+        source = str(item.get("id", f"{number:06d}"))
+        if item.get("boxes") is not None:
+            found = [Detection(tuple(float(v) for v in box)) for box in item["boxes"]]  # type: ignore[arg-type]
+        else:
+            found = self._sure(image)
+        large = [d for d in found if min(d.box[2] - d.box[0], d.box[3] - d.box[1]) >= self.min_face]
+        if not large:
+            self.counts["without a face"] += 1
+        for face, detection in enumerate(large):
+            for strength in self.strengths:
+                id = f"{source}-{face}-{round(strength * 100):03d}"
+                yield _Job(id, source, str(item.get("prompt", "")), image, detection, strength, _seed(self.seed, id))
+
+    def _sure(self, image: Image.Image) -> list[Detection]:
+        found = self.detector.detect(image)
+        return [d for d in found if not self.detector.calibrated or d.confidence >= self.confidence]
+
+    def _run(self, jobs: list[_Job]) -> Iterator[InpaintedPair]:
+        # One call has one strength and one size.
+        groups: dict[tuple[float, tuple[int, int]], list[_Job]] = {}
+        for job in jobs:
+            groups.setdefault((job.strength, job.image.size), []).append(job)
+        for (strength, size), group in groups.items():
+            masks = [face_mask(size, j.detection.box, enlarge=self.enlarge, feather=self.feather) for j in group]
+            canvases = [_to_multiple(j.image) for j in group]
+            outs = self.pipe(
+                prompt=[j.prompt for j in group],
+                image=canvases,
+                mask_image=[m.resize(c.size) for m, c in zip(masks, canvases, strict=True)],
+                strength=strength,
+                generator=[torch.Generator().manual_seed(j.seed) for j in group],
+                **self._sizes(canvases[0].size),
+                **self.options,
+            ).images
+            for job, mask, out in zip(group, masks, outs, strict=True):
+                pair = self._finish(job, mask, out)
+                if pair is not None:
+                    yield pair
+
+    def _sizes(self, size: tuple[int, int]) -> dict[str, int]:
+        return {"width": size[0], "height": size[1]} if hasattr(self.pipe, "vae") else {}
+
+    def _finish(self, job: _Job, mask: Image.Image, out: Image.Image) -> InpaintedPair | None:
+        lose = paste(job.image, out.convert("RGB").resize(job.image.size), mask)
+        inside = np.asarray(mask, dtype=np.float64) / 255
+        change = np.abs(np.asarray(lose, dtype=np.float64) - np.asarray(job.image, dtype=np.float64)).mean(2)
+        if (change * inside).sum() / inside.sum() < SAME * 255:
+            self.counts["same"] += 1
+            return None
+        no_face = self.missing != "ignore" and not any(_overlap(d.box, job.detection.box) for d in self._sure(lose))
+        if no_face:
+            self.counts["no face in the loser"] += 1
+            if self.missing == "drop":
+                return None
+        self.counts["pairs"] += 1
+        win_name, lose_name, mask_name = (f"images/{job.id}.{part}.png" for part in ("win", "lose", "mask"))
+        record = PairRecord(
+            job.id, win_name, lose_name, job.prompt, job.detection.box, job.detection.box, mask_name,
+            self.generator_id, job.seed, job.strength, job.source, no_face,
+        )  # fmt: skip
+        return InpaintedPair(record, job.image, lose, mask)
+
+
+def face_mask(size: tuple[int, int], box: Box, *, enlarge: float = 1.1, feather: float = 0.06) -> Image.Image:
+    """A mask (L, 255 inside) of an ellipse in the enlarged box with a soft edge; exactly 0 outside the enlarged box."""
+    x1, y1, x2, y2 = box
+    cx, cy, half_x, half_y = (x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1) / 2 * enlarge, (y2 - y1) / 2 * enlarge
+    outer = (max(0, round(cx - half_x)), max(0, round(cy - half_y)), round(cx + half_x), round(cy + half_y))
+    outer = (outer[0], outer[1], min(size[0], outer[2]), min(size[1], outer[3]))
+    mask = Image.new("L", size, 0)
+    radius = feather * min(half_x, half_y) * 2
+    ImageDraw.Draw(mask).ellipse(
+        (cx - half_x + radius, cy - half_y + radius, cx + half_x - radius, cy + half_y - radius), fill=255
+    )
+    blurred = mask.filter(ImageFilter.GaussianBlur(radius / 2)) if radius > 0 else mask
+    clean = Image.new("L", size, 0)
+    clean.paste(blurred.crop(outer), outer[:2])
+    return clean
+
+
+def paste(image: Image.Image, out: Image.Image, mask: Image.Image) -> Image.Image:
+    """`out` where the mask is 255, `image` where it is 0 (byte for byte), and a mixture between."""
+    m = np.asarray(mask, dtype=np.float64)[..., None] / 255
+    mixed = np.asarray(image) * (1 - m) + np.asarray(out) * m
+    return Image.fromarray(np.where(m == 0, np.asarray(image), mixed.round()).astype(np.uint8))
+
+
+def read_images(folder: str | Path) -> list[dict[str, Any]]:
+    """Items of a folder of images: `metadata.jsonl` with lines {"file_name", "prompt"} where there is one, else every
+    image file with an empty prompt. Raises UserError when there is nothing, PairFormatError for a broken line."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"image folder '{folder}' does not exist")
+    listing = folder / "metadata.jsonl"
+    items: list[dict[str, Any]] = []
+    if listing.is_file():
+        for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+                name, prompt = str(values["file_name"]), str(values.get("prompt", values.get("text", "")))
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                raise PairFormatError(f"line {number} of {listing}: expected an object with 'file_name'") from error
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise PairFormatError(f"line {number} of {listing}: '{name}' lies outside the folder")
+            boxes = values.get("boxes")
+            items.append({"id": Path(name).with_suffix("").as_posix().replace("/", "_"), "image": folder / name,
+                          "prompt": prompt, "boxes": boxes})  # fmt: skip
+    else:
+        kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds)
+        items = [{"id": p.name.replace(".", "_"), "image": p, "prompt": ""} for p in files]
+    if not items:
+        raise UserError(f"image folder '{folder}' holds no images")
+    return items
+
+
+def _mend(path: Path) -> list[PairRecord]:
+    """The whole records of a file that an interrupt may have left with a torn last line, which is dropped."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if not line.endswith("\n"):
+                break
+            records.append(parse_record(json.loads(line), number))
+        except json.JSONDecodeError as error:
+            raise PairFormatError(f"line {number} of {path}: not JSON", hint="start in a new folder") from error
+    write_records(path, records)
+    return records
+
+
+def _seed(seed: int, id: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{id}".encode()).digest()[:4], "big")
+
+
+def _to_multiple(image: Image.Image, of: int = 8) -> Image.Image:
+    """Diffusion models with a VAE take sides that are multiples of 8."""
+    size = tuple(max(of, side // of * of) for side in image.size)
+    return image if size == image.size else image.resize(size)
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    """The boxes share more than a fifth of the smaller one."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    smaller = min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
+    return width > 0 and height > 0 and width * height > 0.2 * smaller

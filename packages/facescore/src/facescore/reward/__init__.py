@@ -1,0 +1,1 @@
+"""The reward: the model, its checkpoints, scoring with it, and training it."""

@@ -1,0 +1,337 @@
+"""The refinement losses against diffusers' schedulers, and the tuner on tiny pipelines in the real formats."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from facescore import FaceTuner, PairDataset, TensorPairs, TuneConfig, best_and_worst
+from facescore.errors import CheckpointError, TrainingError
+from facescore.refine import losses
+from facescore.refine.losses import NoiseSchedule
+from facescore.refine.pipelines import backbone_of
+from facescore.testbed import new_pipeline, write_world
+from tenfold_shared.errors import UserError
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+def some(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_targets_are_those_of_the_scheduler(kind):
+    scheduler = DDPMScheduler(prediction_type=kind)
+    schedule = NoiseSchedule.of(scheduler)
+    x, noise, t = some(4, 3, 8, 8), some(4, 3, 8, 8, seed=1), torch.tensor([3, 200, 640, 990])
+    alpha, sigma = schedule.at(t)
+    z = alpha * x + sigma * noise
+    torch.testing.assert_close(z, scheduler.add_noise(x, noise, t))
+    wanted = losses.target(kind, x, noise, alpha, sigma)
+    torch.testing.assert_close(wanted, noise if kind == "epsilon" else scheduler.get_velocity(x, noise, t))
+    torch.testing.assert_close(losses.to_x0(kind, wanted, z, alpha, sigma), x, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(losses.to_noise(kind, wanted, z, alpha, sigma), noise, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_is_the_schedulers_interpolation(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    schedule = NoiseSchedule.of(scheduler)
+    torch.testing.assert_close(schedule.times.flip(0), scheduler.timesteps, rtol=1e-4, atol=1e-2)
+    x, noise, index = some(3, 4, 8, 8), some(3, 4, 8, 8, seed=1), torch.tensor([10, 500, 900])
+    alpha, sigma = schedule.at(index)
+    z = alpha * x + sigma * noise
+    torch.testing.assert_close(
+        z, scheduler.scale_noise(x, scheduler.timesteps[999 - index], noise), rtol=1e-4, atol=1e-4
+    )
+    wanted = losses.target("flow", x, noise, alpha, sigma)
+    torch.testing.assert_close(losses.to_x0("flow", wanted, z, alpha, sigma), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses.to_noise("flow", wanted, z, alpha, sigma), noise, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_guidance_on_equal_images_is_sigma_squared_times_denoising(kind):
+    """Values and gradients: the unit test of the trajectory loss."""
+    x, noise = some(2, 3, 4, 4).double(), some(2, 3, 4, 4, seed=1).double()
+    sigma = torch.tensor([0.3, 0.8], dtype=torch.float64).view(2, 1, 1, 1)
+    alpha = 1 - sigma if kind == "flow" else (1 - sigma**2).sqrt()
+    prediction = some(2, 3, 4, 4, seed=2).double().requires_grad_()
+    guided = losses.guidance_x0(kind, prediction, alpha * x + sigma * noise, x, alpha, sigma)
+    denoise = losses.mean_error(prediction - losses.target(kind, x, noise, alpha, sigma))
+    torch.testing.assert_close(guided, sigma.flatten() ** 2 * denoise)
+    (a,) = torch.autograd.grad(guided.sum(), prediction, retain_graph=True)
+    (b,) = torch.autograd.grad(denoise.sum(), prediction)
+    torch.testing.assert_close(a, sigma**2 * b)
+
+
+def test_ddim_step_is_diffusers():
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+    scheduler.set_timesteps(10)
+    schedule = NoiseSchedule.of(scheduler)
+    z, v, t = some(1, 3, 4, 4), some(1, 3, 4, 4, seed=1), scheduler.timesteps[3]
+    now, then = schedule.at(t.view(1)), schedule.at(t.view(1) - 100)
+    torch.testing.assert_close(
+        losses.ddim_step("v_prediction", v, z, now, then), scheduler.step(v, t, z).prev_sample, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_dpo_masks_and_weights():
+    w, b, rw, rb = (torch.rand(5) for _ in range(4))
+    expected = torch.nn.functional.softplus(50 * ((w - rw) - (b - rb)))
+    torch.testing.assert_close(losses.dpo(w, b, rw, rb, 100.0), expected)
+    assert losses.dpo(w, b, w, b, 5000.0).allclose(torch.tensor(2.0).log())
+    difference, mask = some(2, 3, 8, 8), torch.zeros(2, 1, 8, 8)
+    mask[:, :, :4] = 1
+    torch.testing.assert_close(losses.mean_error(difference, mask), losses.mean_error(difference[:, :, :4]))
+    pooled = losses.latent_mask(torch.nn.functional.interpolate(mask, scale_factor=4), (8, 8), 0.2)
+    torch.testing.assert_close(pooled, 0.2 + 0.8 * mask)
+    alpha, sigma = torch.tensor(0.8).view(1, 1, 1, 1), torch.tensor(0.6).view(1, 1, 1, 1)
+    assert losses.min_snr_weight("epsilon", alpha, sigma, 1.0).item() == pytest.approx(1 / (0.64 / 0.36))
+    with pytest.raises(UserError, match="expected epsilon"):
+        NoiseSchedule.of(DDPMScheduler(prediction_type="sample"))
+
+
+def plain_pairs(n=6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    masks = torch.zeros(n, 1, 16, 16)
+    masks[:, :, 4:12, 4:12] = 1
+    return TensorPairs(torch.rand(n, 3, 16, 16, generator=g), torch.rand(n, 3, 16, 16, generator=g), masks=masks)
+
+
+def drawn(seed=0):
+    torch.manual_seed(seed)
+    return new_pipeline((16, 24))
+
+
+def bright(pixels):
+    return pixels.mean((1, 2, 3))
+
+
+def probe(pipe):
+    with torch.no_grad():
+        return pipe.unet(some(2, 4, 8, 8), torch.tensor([500, 20]), pipe.encode_prompt(["a face", "a house"])).sample
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("sft", {}), ("guidance", {}), ("guidance", {"target": "teacher"}), ("guidance", {"target": "step"}),
+     ("dpo", {}), ("filter", {"samples": 4, "sampling_steps": 2}), ("refl", {"sampling_steps": 3})],
+)  # fmt: skip
+@pytest.mark.parametrize("rank", [4, None])
+def test_every_method_trains_what_it_should(method, options, rank):
+    pipe, untouched = drawn(), drawn()
+    tuner = FaceTuner(pipe, plain_pairs(), method=method, scorer=bright, prompts=["a face"], steps=2, lr=1e-2,
+                      batch_size=2, lora_rank=rank, **options).train()  # fmt: skip
+    assert len(tuner.history) == 2 and all(np.isfinite(h["loss"]) for h in tuner.history)
+    assert not torch.allclose(probe(pipe), probe(untouched))
+    if rank is not None:
+        with tuner.reference():
+            torch.testing.assert_close(probe(pipe), probe(untouched), rtol=1e-5, atol=1e-5)
+
+
+def test_dpo_starts_at_log_two_and_drift_stops_it():
+    tuner = FaceTuner(drawn(), plain_pairs(), method="dpo", steps=1, lora_rank=None).train()
+    assert tuner.history[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and tuner.history[0][
+        "drift"
+    ] == pytest.approx(1)
+    stopped = FaceTuner(drawn(), plain_pairs(), method="dpo", steps=60, lr=0.05, lora_rank=None, max_drift=1.02).train()
+    assert len(stopped.history) < 60
+
+
+def test_refl_climbs_the_reward():
+    tuner = FaceTuner(drawn(), None, method="refl", scorer=bright, prompts=["a face"], steps=12, lr=3e-3, lora_rank=None,
+                      sampling_steps=3, batch_size=4).train()  # fmt: skip
+    rewards = [h["reward"] for h in tuner.history]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3])
+
+
+def test_general_images_ema_and_min_snr():
+    from facescore.images import open_image
+
+    plain = ([open_image(torch.rand(3, 16, 16)) for _ in range(3)], ["a house"] * 3)
+    options = {"method": "guidance", "steps": 2, "lora_rank": None, "batch_size": 2}
+    alone = FaceTuner(drawn(), plain_pairs(), **options).train()
+    kept = FaceTuner(
+        drawn(), plain_pairs(), general=plain, general_weight=1.0, min_snr_gamma=5.0, ema_decay=0.9, **options
+    )
+    assert kept.train().history[0]["loss"] != alone.history[0]["loss"]
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    settings = {"method": "guidance", "steps": 4, "batch_size": 2, "save_every": 1, "lora_rank": 4}
+    whole = drawn()
+    FaceTuner(whole, plain_pairs(), **settings).train()
+
+    class Killed(Exception):
+        pass
+
+    def dies(step, tuner):
+        if step == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        FaceTuner(drawn(), plain_pairs(), output=tmp_path, **settings).train(on_step=dies)
+    resumed = drawn()
+    FaceTuner(resumed, plain_pairs(), output=tmp_path, **settings).train(resume=True)
+    assert torch.equal(probe(resumed), probe(whole))
+    with pytest.raises(UserError, match="another beta"):
+        FaceTuner(drawn(), plain_pairs(), output=tmp_path, **{**settings, "beta": 1.0}).train(resume=True)
+    (tmp_path / "training.pt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="damaged"):
+        FaceTuner(drawn(), plain_pairs(), output=tmp_path, **settings).train(resume=True)
+
+
+SCRIPT = """
+import sys, torch
+from test_refine import drawn, plain_pairs, probe
+from facescore import FaceTuner
+torch.set_num_threads(1)
+pipe = drawn()
+FaceTuner(pipe, plain_pairs(), method="guidance", steps=2, batch_size=4, lora_rank=4).train()
+torch.save(probe(pipe), sys.argv[1])
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    pipe = drawn()
+    FaceTuner(pipe, plain_pairs(), method="guidance", steps=2, batch_size=4, lora_rank=4).train()
+    (tmp_path / "two.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+               str(tmp_path / "two.py"), str(tmp_path / "p.pt")]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch.testing.assert_close(torch.load(tmp_path / "p.pt"), probe(pipe), rtol=1e-3, atol=1e-4)
+
+
+def test_best_and_worst_of_own_samples():
+    pairs = best_and_worst(drawn(), ["a face"] * 3, bright, of=3, steps=2)
+    assert len(pairs) == 3 and (bright(pairs.win) > bright(pairs.lose)).all()
+    with pytest.raises(UserError, match="2 or more"):
+        best_and_worst(drawn(), ["a face"], bright, of=1)
+    with pytest.raises(UserError, match="no prompt gave"):
+        best_and_worst(drawn(), ["a face"], lambda x: x.new_full((len(x),), float("nan")), of=2, steps=2)
+
+
+def test_errors():
+    pairs = plain_pairs()
+    for arguments, text in (
+        ({"method": "magic"}, "method is 'magic'"), ({"target": "?"}, "target is"), ({"lora_rank": 0}, "lora_rank"),
+        ({"t_min": 1.0}, "t_min"), ({"general_weight": 1.0}, "general images"), ({"method": "filter"}, "needs a scorer"),
+        ({"colour": 1}, "colour"), ({"steps": 0}, "steps"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=text):
+            FaceTuner(drawn(), pairs, **arguments)
+    with pytest.raises(UserError, match="needs pairs"):
+        FaceTuner(drawn(), None, method="sft")
+    with pytest.raises(UserError, match="cannot tune a"):
+        FaceTuner(type("Odd", (), {})(), pairs)
+    with pytest.raises(UserError, match="not both"):
+        FaceTuner(drawn(), pairs, config=TuneConfig(), steps=3)
+    pairs.win[:] = 0.5
+    pipe = drawn()
+    with torch.no_grad():
+        next(pipe.unet.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"at update 0; pairs \d"):
+        FaceTuner(pipe, pairs, method="sft", lora_rank=None).train()
+
+
+def tokenizer(folder):
+    folder.mkdir()
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *"abcdefghijklmnopqrstuvwxyz",
+        *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"),
+    ]
+    import json
+
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+
+
+def text_config(**more):
+    return CLIPTextConfig(vocab_size=54, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                          max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1, **more)  # fmt: skip
+
+
+def tiny_pipeline(name, folder):
+    """A random pipeline in the real format, saved and loaded again."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=16)
+    common = {"sample_size": 16, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
+              "attention_head_dim": 2, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+              "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}  # fmt: skip
+    scheduler = DDPMScheduler()
+    if name == "sd":
+        pipe = StableDiffusionPipeline(
+            vae, CLIPTextModel(text_config()), tokenizer(folder / "t"), UNet2DConditionModel(cross_attention_dim=16, **common),
+            scheduler, None, None, requires_safety_checker=False,
+        )  # fmt: skip
+        loader = StableDiffusionPipeline
+    else:
+        unet = UNet2DConditionModel(cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=4,
+                                    projection_class_embeddings_input_dim=6 * 4 + 8, **common)  # fmt: skip
+        pipe = StableDiffusionXLPipeline(
+            vae, CLIPTextModel(text_config()), CLIPTextModelWithProjection(text_config(projection_dim=8)),
+            tokenizer(folder / "t"), tokenizer(folder / "u"), unet, scheduler,
+        )  # fmt: skip
+        loader = StableDiffusionXLPipeline
+    pipe.save_pretrained(folder / "pipe")
+    fresh = loader.from_pretrained(folder / "pipe")
+    fresh.set_progress_bar_config(disable=True)
+    return fresh, loader
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_lora_loads_into_a_fresh_pipeline(name, tmp_path):
+    write_world(tmp_path / "world", 4)
+    pairs = PairDataset.read(tmp_path / "world" / "pairs")
+    pipe, loader = tiny_pipeline(name, tmp_path)
+    before = backbone_of(pipe)
+    condition = before.encode_prompts(["a face"], (32, 32))
+    z, index = some(1, 4, 16, 16), torch.tensor([400])
+
+    def answer(p):
+        view = backbone_of(p)
+        with torch.no_grad():
+            return view.predict(view.module, z, index, condition)
+
+    start = answer(pipe)
+    tuner = FaceTuner(pipe, pairs, method="guidance", steps=2, lr=5e-2, batch_size=2, lora_rank=2).train()
+    tuned = answer(pipe)
+    fresh = loader.from_pretrained(tmp_path / "pipe")
+    fresh.load_lora_weights(tuner.save(tmp_path / "lora"))
+    torch.testing.assert_close(answer(fresh), tuned, rtol=1e-4, atol=1e-5)
+    assert (tuned - start).abs().max() > 1e-4
+
+
+def test_builder_on_a_tiny_inpainting_pipeline(tmp_path):
+    from diffusers import AutoPipelineForInpainting
+    from facescore import InpaintPairBuilder
+
+    write_world(tmp_path / "world", 2)
+    tiny_pipeline("sd", tmp_path)
+    pipe = AutoPipelineForInpainting.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    builder = InpaintPairBuilder(pipe, "full-image", [0.6, 1.0], min_face=8, missing="ignore",
+                                 options={"num_inference_steps": 2, "guidance_scale": 1.0})  # fmt: skip
+    pairs = builder.build(tmp_path / "world" / "images", tmp_path / "pairs")
+    assert len(pairs) == 4
+    for i in range(4):
+        (win, lose), mask = pairs.images(i), np.asarray(pairs.mask(i))
+        assert (np.asarray(win)[mask == 0] == np.asarray(lose)[mask == 0]).all() and (mask == 0).any()

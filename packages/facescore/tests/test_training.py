@@ -1,0 +1,182 @@
+"""Training the reward: the loss, what freezes, resuming, two processes."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from facescore import RewardConfig, RewardTrainer, TensorPairs, load_reward
+from facescore.errors import CheckpointError, TrainingError
+from facescore.reward.training import freeze, pair_loss
+from tenfold_shared.errors import UserError
+from torch.nn import functional as F
+
+PLAIN = {"lr": 2e-3, "batch_size": 4, "fix_rate": 0.0, "validation": 0.0, "dropout": False}
+
+
+def random_pairs(n=8, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return TensorPairs(torch.rand(n, 3, 16, 16, generator=g), torch.rand(n, 3, 16, 16, generator=g))
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def rewards(model):
+    """On fixed pictures. A key's bias has no gradient but rounding noise, which Adam makes into steps: weights may differ."""
+    with torch.no_grad():
+        return model(torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(5)))
+
+
+def test_loss_is_cross_entropy_of_the_two_rewards():
+    r = torch.randn(10, 2)
+    torch.testing.assert_close(pair_loss(r), -F.logsigmoid(r[:, 0] - r[:, 1]).mean())
+    smooth = 0.9 * -F.logsigmoid(r[:, 0] - r[:, 1]) + 0.1 * -F.logsigmoid(r[:, 1] - r[:, 0])
+    torch.testing.assert_close(pair_loss(r, label_smoothing=0.2), smooth.mean())
+    torch.testing.assert_close(pair_loss(r, l2_reward=0.5), pair_loss(r) + 0.5 * r.square().mean())
+
+
+def test_fix_rate_freezes_exactly_the_documented_tensors(make_reward):
+    model = make_reward(vision_depth=12, text_depth=3)
+    frozen = freeze(model, 0.7)  # int(12 x 0.7) = 8 blocks, int(3 x 0.7) = 2 layers
+    expected = [
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(("vision.embeddings", "text.embeddings"))
+        or any(name.startswith(f"vision.encoder.layers.{i}.") for i in range(8))
+        or any(name.startswith(f"text.encoder.layer.{i}.") for i in range(2))
+    ]
+    assert frozen == expected  # layers.1 is frozen, and so layers.10 and layers.11 must not be
+    assert freeze(model, 0.0) == []
+    left = {n for n, p in model.named_parameters() if n not in freeze(model, 1.0)}
+    assert all(n.startswith("head.") for n in left)
+
+
+def test_two_updates_equal_a_plain_loop(make_reward):
+    pairs = random_pairs(4)
+    trained, plain = make_reward(), make_reward()
+    RewardTrainer(trained, pairs, RewardConfig(**PLAIN, max_steps=2)).train()
+    optimizer = torch.optim.Adam(plain.parameters(), lr=2e-3)
+    for step in range(2):
+        order = np.random.default_rng([0, step]).permutation(4)
+        pixels = torch.stack([torch.stack(pairs.pixels(i, 16)) for i in order])
+        # The same operation as in the trainer: Adam turns a gradient of pure rounding noise into a whole step.
+        loss = pair_loss(plain(pixels.flatten(0, 1)).view(4, 2))
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * 0.5 * (1 + np.cos(np.pi * step / 2))
+        optimizer.step()
+    torch.testing.assert_close(rewards(trained), rewards(plain), rtol=1e-3, atol=1e-3)
+    assert (rewards(trained) - rewards(make_reward())).abs().max() > 0.02
+
+
+def test_accumulation_equals_one_batch(make_reward):
+    one, four = make_reward(), make_reward()
+    for model, parts in ((one, 1), (four, 4)):
+        RewardTrainer(model, random_pairs(), RewardConfig(**PLAIN, max_steps=2, accumulation=parts)).train()
+    torch.testing.assert_close(rewards(one), rewards(four), rtol=1e-3, atol=4e-3)
+    assert (rewards(one) - rewards(make_reward())).abs().max() > 0.04
+
+
+def test_overfits_eight_pairs(make_reward):
+    report = RewardTrainer(make_reward(), random_pairs(), RewardConfig(**{**PLAIN, "lr": 3e-3}, epochs=60)).train()
+    assert report.history[-1]["accuracy"] == 1 and report.history[-1]["loss"] < 0.1
+
+
+def test_head_only_uses_cached_features_and_gives_the_same(make_reward, monkeypatch):
+    config = RewardConfig(**{**PLAIN, "fix_rate": 1.0}, max_steps=6)
+    cached, plain = make_reward(), make_reward()
+    trainer = RewardTrainer(cached, random_pairs(), config)
+    trainer.train()
+    assert len(trainer._cache) == 8
+    slow = RewardTrainer(plain, random_pairs(), config)
+    monkeypatch.setattr(slow, "_features", lambda rows, pixels: plain.feature(
+        plain.vision_tokens(pixels.flatten(0, 1))).view(len(rows), 2, -1))  # fmt: skip
+    slow.train()
+    torch.testing.assert_close(rewards(cached), rewards(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_best_validation_weights_are_kept_and_patience_stops(make_reward, tmp_path):
+    config = RewardConfig(**{**PLAIN, "validation": 0.25, "lr": 0.02}, epochs=40, patience=2)
+    model = make_reward()
+    trainer = RewardTrainer(model, random_pairs(16), config, output=tmp_path)
+    report = trainer.train()
+    assert report.steps < 40 * 3 and report.best_loss == min(h["loss"] for h in report.history)
+    assert trainer.validate()["loss"] == pytest.approx(report.best_loss, rel=1e-4)
+    torch.testing.assert_close(weights(load_reward(tmp_path / "model")), weights(model))
+
+
+def test_killed_and_resumed_ends_with_the_same_weights(make_reward, tmp_path):
+    config = RewardConfig(lr=2e-3, batch_size=4, fix_rate=0.0, validation=0.25, epochs=4, save_every=1, noise=0.1)
+    whole = make_reward()
+    RewardTrainer(whole, random_pairs(12), config).train()
+
+    class Killed(Exception):
+        pass
+
+    broken = make_reward()
+    trainer = RewardTrainer(broken, random_pairs(12), config, output=tmp_path)
+    update, calls = trainer._update, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise Killed
+        update(*args)
+
+    trainer._update = dies  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        trainer.train()
+    resumed = make_reward(seed=9)
+    RewardTrainer(resumed, random_pairs(12), config, output=tmp_path).train(resume=True)
+    assert torch.equal(weights(resumed), weights(whole))
+    with pytest.raises(UserError, match=r"another .*lr"):
+        RewardTrainer(make_reward(), random_pairs(12), RewardConfig(lr=1), output=tmp_path).train(resume=True)
+    (tmp_path / "training.pt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="damaged"):
+        RewardTrainer(make_reward(), random_pairs(12), config, output=tmp_path).train(resume=True)
+
+
+SCRIPT = """
+import sys, torch
+from conftest import TINY, randomise
+from test_training import PLAIN, random_pairs, rewards
+from facescore import RewardConfig, RewardModel, RewardTrainer
+torch.set_num_threads(1)
+model = randomise(RewardModel(TINY))
+RewardTrainer(model, random_pairs(), RewardConfig(**PLAIN, max_steps=2)).train()
+torch.save(rewards(model), sys.argv[1])
+"""
+
+
+def test_two_processes_equal_one(make_reward, tmp_path):
+    from pathlib import Path
+
+    one = make_reward()
+    RewardTrainer(one, random_pairs(), RewardConfig(**PLAIN, max_steps=2)).train()
+    (tmp_path / "two.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+               "--master-port", "0", "--standalone", str(tmp_path / "two.py"), str(tmp_path / "w.pt")]  # fmt: skip
+    import os
+
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch.testing.assert_close(torch.load(tmp_path / "w.pt"), rewards(one), rtol=1e-3, atol=1e-3)
+
+
+def test_not_finite_stops_with_the_ids_and_bad_settings(make_reward):
+    pairs = random_pairs()
+    pairs.win[:] = float("nan")
+    with pytest.raises(TrainingError, match=r"at update 0; pairs \d"):
+        RewardTrainer(make_reward(), pairs, RewardConfig(**PLAIN)).train()
+    for name, value in (("lr", 0), ("fix_rate", 2), ("validation", 1.0), ("label_smoothing", -1), ("batch_size", 0)):
+        with pytest.raises(UserError, match=name):
+            RewardConfig(**{name: value})
+    with pytest.raises(UserError, match="no pairs"):
+        RewardTrainer(make_reward(), random_pairs().select([]), RewardConfig())
+    with pytest.raises(UserError, match="needs the output"):
+        RewardTrainer(make_reward(), random_pairs(), RewardConfig()).train(resume=True)
