@@ -14,6 +14,8 @@ import sys
 import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -93,20 +95,47 @@ def size(target: Path) -> int:
     return sum(p.stat().st_size for p in target.rglob("*") if p.is_file() and not p.is_symlink())
 
 
-def test(python: Path, tests: list[Path]) -> tuple[int, dict[str, int]]:
-    """Run pytest; returns its exit status and the counts."""
-    report = ENVIRONMENTS / "report.xml"
-    report.parent.mkdir(exist_ok=True)
+@dataclass
+class Result:
+    """What became of one package's tests."""
+
+    name: str
+    status: int
+    counts: dict[str, int]
+    seconds: float
+    bytes: int
+    log: str
+
+
+def test(name: str, uv: str, python: str, wheels: dict[str, Path], threads: int) -> Result:
+    """Make the environment, run pytest in it with `threads` threads, and count."""
+    start = time.monotonic()
+    if name == "workspace":
+        target, tests, log = Path(sys.prefix), [ROOT / "benchmarks", HERE], ""
+    else:
+        target, tests = environment(uv, python, name, wheels), [folder_of(name) / "tests"]
+        log = f"      {absent(target)}\n"
+    report = ENVIRONMENTS / f"{name}.xml"
     report.unlink(missing_ok=True)
-    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false"}
+    settings = {
+        **os.environ, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)
+    }  # fmt: skip
     settings.pop("PYTHONPATH", None)
-    command = [python, "-m", "pytest", *tests, "-p", "no:cacheprovider", f"--junitxml={report}", "-rs"]
-    status = subprocess.run([str(c) for c in command], cwd=ENVIRONMENTS, env=settings).returncode
-    if not report.exists():
-        return status or 1, {"passed": 0, "failed": 1, "skipped": 0}
-    suite = ElementTree.parse(report).getroot().find("testsuite").attrib
-    failed, skipped = int(suite["failures"]) + int(suite["errors"]), int(suite["skipped"])
-    return status, {"passed": int(suite["tests"]) - failed - skipped, "failed": failed, "skipped": skipped}
+    command = [target / "bin/python", "-m", "pytest", *tests, "-p", "no:cacheprovider", f"--junitxml={report}", "-rs"]
+    done = subprocess.run(
+        [str(c) for c in command],
+        cwd=ENVIRONMENTS,
+        env=settings,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    counts = {"passed": 0, "failed": 1, "skipped": 0}
+    if report.exists():
+        suite = ElementTree.parse(report).getroot().find("testsuite").attrib
+        failed, skipped = int(suite["failures"]) + int(suite["errors"]), int(suite["skipped"])
+        counts = {"passed": int(suite["tests"]) - failed - skipped, "failed": failed, "skipped": skipped}
+    return Result(name, done.returncode, counts, time.monotonic() - start, size(target), log + done.stdout.rstrip())
 
 
 def main() -> int:
@@ -114,43 +143,38 @@ def main() -> int:
     parser.add_argument("names", nargs="+")
     parser.add_argument("--uv", default=shutil.which("uv") or ".uv/bin/uv")
     parser.add_argument("--python", default=f"{sys.version_info.major}.{sys.version_info.minor}")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4), help="packages tested at a time")
     options = parser.parse_args()
     known = ["shared", *sorted(p.parent.name for p in ROOT.glob("packages/*/pyproject.toml")), "workspace"]
     if unknown := [n for n in options.names if n not in known]:
         print(f"no package {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
         return 2
     os.chdir(ROOT)
+    ENVIRONMENTS.mkdir(exist_ok=True)
     finder = [sys.executable, str(ROOT / ".ci/find_python.py"), options.python]
     python = subprocess.run(finder, check=True, capture_output=True, text=True).stdout.strip()
     packages = [n for n in options.names if n != "workspace"]
     print(f"building wheels: {', '.join(packages)}", flush=True)
     wheels = build(options.uv, sorted({"shared", *packages}), ROOT / "dist")
+    jobs = max(1, min(options.jobs, len(options.names)))
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    print(f"testing {len(options.names)}, {jobs} at a time, {threads} threads each", flush=True)
+    results, started = [], time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(test, name, options.uv, python, wheels, threads) for name in options.names]
+        for done, future in enumerate(as_completed(futures), 1):
+            result = future.result()
+            results.append(result)
+            left = (time.monotonic() - started) / done * (len(futures) - done)
+            print(f"\n[{done}/{len(futures)}] {result.name}, about {left:.0f} s left\n{result.log}", flush=True)
+    results.sort(key=lambda r: options.names.index(r.name))
     table = Table("package", "passed", "failed", "skipped", "seconds", "installed", title=f"Python {options.python}")
-    total, broken, started = {"passed": 0, "failed": 0, "skipped": 0}, [], time.monotonic()
-    for i, name in enumerate(options.names, 1):
-        left = (
-            f", about {(time.monotonic() - started) / (i - 1) * (len(options.names) - i + 1):.0f} s left"
-            if i > 1
-            else ""
-        )
-        print(f"\n[{i}/{len(options.names)}] {name}{left}", flush=True)
-        target, start = Path(sys.prefix), time.monotonic()
-        if name == "workspace":
-            tests = [ROOT / "benchmarks", HERE]
-        else:
-            target, tests = environment(options.uv, python, name, wheels), [folder_of(name) / "tests"]
-            print(f"      {absent(target)}", flush=True)
-        status, counts = test(target / "bin/python", tests)
-        if status:
-            broken.append(name)
-        for key in total:
-            total[key] += counts[key]
-        table.add_row(
-            name, *(str(counts[k]) for k in total), f"{time.monotonic() - start:.0f}", f"{size(target) / 1e9:.1f} GB"
-        )
+    for r in results:
+        table.add_row(r.name, *map(str, r.counts.values()), f"{r.seconds:.0f}", f"{r.bytes / 1e9:.1f} GB")
     print(flush=True)
     Console(width=100).print(table)
-    if broken:
+    total = {key: sum(r.counts[key] for r in results) for key in ("passed", "failed", "skipped")}
+    if broken := [r.name for r in results if r.status]:
         print(f"not passed: {', '.join(broken)}")
     # A run that broke before it counted anything still is a failure.
     total["failed"] = max(total["failed"], len(broken))
