@@ -139,7 +139,10 @@ h1, h2 { font-weight: 600; line-height: 1.2; } h2 { margin-top: 3rem; border-top
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid #e6e6e6; overflow-wrap: anywhere; }
 th { background: #f6f6f4; } td.n { white-space: nowrap; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
-ul.peers { margin: 0; padding: 0; list-style: none; } ul.peers b { font-weight: 500; white-space: nowrap; }
+.claims { table-layout: fixed; min-width: 1000px; } .claims * { box-sizing: border-box; } .claims td.n { white-space: normal; }
+.claims th:nth-child(1) { width: 27%; } .claims th:nth-child(2) { width: 14%; } .claims th:nth-child(3) { width: 10%; }
+.claims th:nth-child(4) { width: 23%; } .claims th:nth-child(6) { width: 6%; } .claims th:nth-child(7) { width: 7%; }
+ul.peers { margin: 0; padding: 0; list-style: none; } ul.peers b { font-weight: 600; white-space: nowrap; }
 .passed { color: #2c6e31; } .failed { color: #b3261e; font-weight: 600; } .none { color: #777; } .stale { color: #9a6a00; }
 figure { display: inline-block; margin: 1rem 1rem 0 0; max-width: 100%; vertical-align: top; } img { max-width: 100%; }
 figcaption, .note, details { color: #555; font-size: 13px; } code { background: #f3f3f1; padding: 0 .25em; }
@@ -168,7 +171,7 @@ def page(all_results: list[Results], root: Path = ROOT) -> str:
         if not r.claims:
             parts.append(f"<p class=none>No results yet: <code>make bench-{r.name}</code>.</p>")
             continue
-        parts.append(f"<p>Measured by <code>make bench-{r.name}</code>.</p><div class=scroll><table><tr>")
+        parts.append(f"<p>Measured by <code>make bench-{r.name}</code>.</p><div class=scroll><table class=claims><tr>")
         parts.append(
             "".join(f"<th>{h}</th>" for h in ("claim", "metric", "ours", "peers, same run", "bar", "seeds", "result"))
         )
