@@ -30,6 +30,7 @@ class AdapterStates:
     def __init__(self, unet: nn.Module):
         self.unet = unet.requires_grad_(False).eval()
         self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._trainable: list[nn.Parameter] = []
         self._state = TEACHER
 
     def add(
@@ -72,7 +73,7 @@ class AdapterStates:
         for _, parameter in own:
             parameter.data = parameter.data.float()
         self._parameters[name] = [p.requires_grad_(trainable) for _, p in own]
-        self._trainable = [*getattr(self, "_trainable", []), *(self._parameters[name] if trainable else [])]
+        self._trainable += self._parameters[name] if trainable else []
         self.use(TEACHER)
         return self._parameters[name]
 
