@@ -21,7 +21,7 @@ class RowNoise:
         generators: Sequence[torch.Generator],
         rows: int,
         *,
-        keep: slice = slice(None),
+        keep: slice | Tensor = slice(None),
         device: torch.device | str = "cpu",
     ):
         self.generators, self.rows, self.keep, self.device = generators, rows, keep, device

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -345,3 +346,70 @@ def only(student: PlaneStudent, member: int) -> PlaneStudent:
     one = PlaneStudent(student.schedule, student.classes, width=student.layers[0].bias.shape[2])
     one.load_state_dict({k: v[member : member + 1] for k, v in student.state_dict().items()})
     return one.requires_grad_(False)
+
+
+def tiny_pipeline(*, xl: bool = False, seed: int = 0) -> Any:
+    """A random Stable Diffusion or SDXL pipeline of 32 x 32 pixels, built on the spot; real classes, real file layout."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    width = 32
+    text = CLIPTextConfig(
+        vocab_size=514, hidden_size=width, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=77, projection_dim=width, bos_token_id=512, eos_token_id=513, pad_token_id=513,
+    )  # fmt: skip
+    more: dict[str, Any] = {"cross_attention_dim": width, "attention_head_dim": 4}
+    if xl:
+        more = {
+            "cross_attention_dim": 2 * width,
+            "attention_head_dim": (2, 4),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "transformer_layers_per_block": (1, 2),
+            "projection_class_embeddings_input_dim": 6 * 8 + width,
+            "use_linear_projection": True,
+        }
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **more,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32), in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=8, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
+        set_alpha_to_one=False,
+    )  # fmt: skip
+    parts: dict[str, Any] = {
+        "unet": unet, "vae": vae, "scheduler": scheduler, "text_encoder": CLIPTextModel(text), "tokenizer": byte_tokenizer(),
+    }  # fmt: skip
+    if xl:
+        second = CLIPTextModelWithProjection(text)
+        pipe = StableDiffusionXLPipeline(
+            **parts, text_encoder_2=second, tokenizer_2=byte_tokenizer(), add_watermarker=False
+        )
+    else:
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def byte_tokenizer() -> Any:
+    """A CLIP tokenizer of single bytes."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    vocabulary = {token: i for i, token in enumerate([*letters, *(x + "</w>" for x in letters)])}
+    vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"] = 512, 513
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
