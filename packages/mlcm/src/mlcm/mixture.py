@@ -24,14 +24,13 @@ class GaussianMixture:
 
     @classmethod
     def rings(cls, schedule: NoiseSchedule | None = None) -> "GaussianMixture":
-        """16 modes on two rings (radii 1.4 and 0.77), std 0.07, 4 classes of 4 modes, unequal weights."""
-        place = torch.arange(8) * torch.pi / 4
-        ring = torch.stack([place.cos(), place.sin()], 1)
-        half = torch.pi / 8
-        inner = torch.stack([(place + half).cos(), (place + half).sin()], 1)
-        weights = (0.5 * torch.randn(16, generator=torch.Generator().manual_seed(7))).softmax(0)
-        labels = torch.arange(16) % 4
-        return cls(schedule or NoiseSchedule.stable_diffusion(), torch.cat([1.4 * ring, 0.77 * inner]), weights, 0.07, labels)
+        """16 modes at even angles, radii 1.4 and 0.77 in turn, std 0.07, unequal weights; a class is a quadrant of 4 modes."""
+        place = torch.arange(16)
+        angle = place * torch.pi / 8
+        radius = torch.where(place % 2 == 0, 1.4, 0.77)[:, None]
+        weights = (0.5 * torch.randn(16, generator=torch.Generator().manual_seed(0))).softmax(0)
+        means = radius * torch.stack([angle.cos(), angle.sin()], 1)
+        return cls(schedule or NoiseSchedule.stable_diffusion(), means, weights, 0.07, place // 4)
 
     @property
     def class_weights(self) -> Tensor:
