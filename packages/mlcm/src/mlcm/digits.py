@@ -6,7 +6,7 @@ class-conditional UNet2DModel. The weights are shipped; `python -m mlcm.digits D
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -27,10 +27,11 @@ from mlcm.randomness import RowNoise, seeded
 from mlcm.sampling import sample
 from mlcm.schedule import NoiseSchedule, inference_times, milestones
 from mlcm.train import MLCMTrainer
-from mlcm.trajectory import TeacherTrajectory
+from mlcm.trajectory import TeacherTrajectory, TrajectoryBank
 
 DATA = Path(str(files("mlcm") / "data"))
-WEIGHTS = "digits.safetensors"
+WEIGHTS, STUDENT = "digits.safetensors", "digits_student.safetensors"
+STUDENT_STEPS, RANK = 200, 16
 CLASSES = 10
 GUIDANCE = 2.0
 SHAPE = (4, 4, 4)
@@ -121,11 +122,11 @@ class DigitWorld:
 
 
 @cache
-def load_world() -> DigitWorld:
-    """The shipped teacher."""
+def load_world(path: Path = DATA / WEIGHTS) -> DigitWorld:
+    """The shipped teacher, or one that `main` has rebuilt."""
     from safetensors.torch import load_file
 
-    tensors = {k: v.float() for k, v in load_file(DATA / WEIGHTS).items()}
+    tensors = {k: v.float() for k, v in load_file(path).items()}
     world = DigitWorld(make_autoencoder(), make_network(), Reader(), tensors["mean"], tensors["std"])
     for part, module in (("autoencoder", world.autoencoder), ("network", world.network), ("reader", world.reader)):
         module.load_state_dict({k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")})
@@ -189,15 +190,40 @@ def distil(
 ) -> MLCMTrainer:
     """Our student: a LoRA on the teacher. first: share of the steps spent on stage 1."""
     config = MLCMConfig(
-        segments=8, guidance_scale=GUIDANCE, stage2=stage2, lora_rank=16, lora_targets=TARGETS, batch_size=batch,
+        segments=8, guidance_scale=GUIDANCE, stage2=stage2, lora_rank=RANK, lora_targets=TARGETS, batch_size=batch,
         learning_rate=2e-3, stage2_learning_rate=2e-3, weight_decay=0.0, lr_schedule="cosine", seed=seed, **settings,
     )  # fmt: skip
     network = copy.deepcopy(world.network)
     torch.manual_seed(seed)
-    trainer = MLCMTrainer(network, config, ClassCondition(CLASSES), schedule=SCHEDULE)
+    trainer = MLCMTrainer(
+        network, config, ClassCondition(CLASSES), schedule=SCHEDULE, bank=make_bank(world, seed=seed)
+    )
     trainer.train_stage1(round(steps * first))
     trainer.train_stage2(steps - round(steps * first))
     return trainer
+
+
+def make_bank(world: DigitWorld, *, seed: int, entries: int = 512) -> TrajectoryBank:
+    """The teacher's trajectories from `entries` noises, for stage 1."""
+    generator, conditioner = seeded(seed, 8), ClassCondition(CLASSES)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, Condition]]:
+        for _ in range(entries // 128):
+            labels = torch.randint(0, CLASSES, (128,), generator=generator)
+            yield torch.randn(128, *SHAPE, generator=generator), labels, conditioner(labels)
+
+    trajectory = TeacherTrajectory(world.teacher().guided, SCHEDULE, 8, GUIDANCE)
+    return TrajectoryBank.compute(trajectory, batches(), milestones(8))
+
+
+def load_student(world: DigitWorld) -> Denoiser:
+    """The shipped student: the LoRA that `distil` gives."""
+    from safetensors.torch import load_file
+
+    network = copy.deepcopy(world.network)
+    add_lora(network, RANK, targets=TARGETS)
+    network.load_state_dict({k: v.float() for k, v in load_file(DATA / STUDENT).items()}, strict=False)
+    return Denoiser(network.requires_grad_(False), SCHEDULE)
 
 
 def distil_lcm(world: DigitWorld, *, steps: int, seed: int, batch: int = 64) -> Denoiser:
@@ -210,7 +236,7 @@ def distil_lcm(world: DigitWorld, *, steps: int, seed: int, batch: int = 64) -> 
         latents = world.encode(pixels)
     network, teacher = copy.deepcopy(world.network), world.teacher()
     torch.manual_seed(seed)
-    add_lora(network, 16, targets=TARGETS)
+    add_lora(network, RANK, targets=TARGETS)
     average = copy.deepcopy(network).requires_grad_(False)
     student, target = Denoiser(network, SCHEDULE), Denoiser(average, SCHEDULE)
     trajectory = TeacherTrajectory(teacher.guided, SCHEDULE, 8, GUIDANCE)
@@ -279,15 +305,27 @@ def grid(world: DigitWorld, latents: Tensor) -> np.ndarray:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Rebuild the weights into a folder."""
+    """Rebuild the weights into a folder: the teacher, then the student."""
+    folder = Path(arguments[0]) if arguments else DATA
+    write_half(train_world().state(), folder / WEIGHTS)
+    write_student(load_world(folder / WEIGHTS), folder)
+
+
+def write_student(world: DigitWorld, folder: Path) -> None:
+    """Distil and write the shipped student's LoRA."""
+    network: Any = distil(world, steps=STUDENT_STEPS, seed=0).network
+    write_half({k: p.detach() for k, p in trainable(network).items()}, folder / STUDENT)
+
+
+def write_half(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write tensors in float16, whole or not at all."""
     from safetensors.torch import save_file
     from tenfold_shared.hub import replace_atomically
 
-    world = train_world()
-    tensors = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in world.state().items()}
-    with replace_atomically(Path(arguments[0]) / WEIGHTS) as partial:
-        save_file(tensors, partial)
+    half = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in tensors.items()}
+    with replace_atomically(path) as partial:
+        save_file(half, partial)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [str(DATA)])
+    main(sys.argv[1:])

@@ -6,7 +6,7 @@ generators seeded by its own seed and shares none with its neighbours.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlcm.distill import Pairs, consistency_loss, milestone_pairs, segment_pairs, segment_times
+from mlcm.distill import Pairs, consistency_loss, milestone_pairs, predictions, segment_pairs
 from mlcm.losses import l2
 from mlcm.metrics import coverage, sliced_wasserstein
 from mlcm.mixture import GaussianMixture
 from mlcm.network import Condition, Student
 from mlcm.randomness import RowNoise, seeded
+from mlcm.rewards import RewardLoss
 from mlcm.sampling import sample
 from mlcm.schedule import NoiseSchedule, inference_times, milestones
 from mlcm.trajectory import TeacherTrajectory
@@ -413,3 +414,53 @@ def byte_tokenizer() -> Any:
     vocabulary = {token: i for i, token in enumerate([*letters, *(x + "</w>" for x in letters)])}
     vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"] = 512, 513
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def mode_reward(mixture: GaussianMixture, labels: Tensor, *, norm: float = 2.0) -> Callable[[Tensor], Tensor]:
+    """Minus the distance to the first mode of each row's class, (batch,)."""
+    first = torch.stack([mixture.means[mixture.labels == c][0] for c in range(mixture.classes)])
+    return lambda points: -torch.linalg.vector_norm(points - first[labels], ord=norm, dim=1)
+
+
+def tune_reward(
+    mixture: GaussianMixture, students: PlaneStudent, member: int, reference: Reference, *,
+    seed: int, iterations: int = 300, batch: int = 256, anchor: float = 12.0,
+) -> dict[str, float]:  # fmt: skip
+    """The preference stage on one member, without guidance: nearness to one mode, anchored by the sparse distillation loss.
+
+    Returns the gains of the trained and of the held-out reward (L1 norm) at 4 steps as shares of the gap to 0, and coverage.
+    """
+    student = only(students, member).requires_grad_(True)
+    trajectory = TeacherTrajectory(mixture, mixture.schedule, 8, 1.0)
+    optimizer = torch.optim.Adam(student.parameters(), lr=2e-4)
+    generator = seeded(seed, 4)
+
+    def measure() -> tuple[float, float, float]:
+        points = student_points(student, 0, reference, 4, seed=seed)
+        labels = reference.condition.given["class_labels"]
+        own, other = (float(mode_reward(mixture, labels, norm=n)(points).mean()) for n in (2.0, 1.0))
+        return own, other, reference.score(mixture, points)["coverage"]
+
+    before = measure()
+    for _ in range(iterations):
+        noise = RowNoise([generator], batch)
+        labels = torch.multinomial(mixture.class_weights, batch, replacement=True, generator=generator)
+        start = noise.normal(2)
+        pairs = milestone_pairs(
+            student.x0, trajectory, mixture.condition(labels), noise, start=start, milestones=milestones(8)
+        )
+        predicted = predictions(student.x0, mixture.schedule, pairs)
+        score = mode_reward(mixture, labels)
+        preference = RewardLoss(lambda points, prompts, score=score: score(points), margin=0.0)
+        loss = preference(predicted, [""] * batch) + anchor * l2(predicted, pairs.target)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        clip_members(student)
+        optimizer.step()
+    after = measure()
+    return {
+        "gain": (after[0] - before[0]) / -before[0],
+        "held_out_gain": (after[1] - before[1]) / -before[1],
+        "coverage_before": before[2],
+        "coverage_loss": 1 - after[2] / before[2],
+    }
