@@ -215,7 +215,7 @@ def digits(seeds: list[int]) -> list[Claim]:
     from mlcm import digits as d
     from mlcm.metrics import frechet_distance
 
-    world, steps, rows = d.load_world(), 200, []
+    world, steps, rows = d.load_world(), d.STUDENT_STEPS, []
     for seed in seeds:
         generator = torch.Generator().manual_seed(EVALUATION + seed)
         count = 1000

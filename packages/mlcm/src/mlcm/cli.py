@@ -153,7 +153,7 @@ def convert(
 @app.command(epilog="Example: mlcm bench toy --iterations 20")
 def bench(
     what: Annotated[str, typer.Argument(help="toy (the mixture) or digits.")],
-    iterations: Annotated[int | None, typer.Option(help="Student steps; 1500 on the mixture, 200 on digits.", min=2)] = None,
+    iterations: Annotated[int | None, typer.Option(help="Student steps; 1000 on the mixture, 150 on digits.", min=2)] = None,
     guidance_scale: Annotated[float, typer.Option(help="On the mixture.")] = 3.0,
     seed: Seed = 0,
     json: Json = False,
@@ -164,6 +164,6 @@ def bench(
     from mlcm.demo import bench_digits, bench_toy
 
     if what == "toy":
-        emit(bench_toy(iterations or 1500, guidance_scale=guidance_scale, seed=seed), json)
+        emit(bench_toy(iterations or 1000, guidance_scale=guidance_scale, seed=seed), json)
     else:
-        emit(bench_digits(iterations or 200, seed=seed), json)
+        emit(bench_digits(iterations or 150, seed=seed), json)
