@@ -11,9 +11,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from tenfold_shared.claims import Claim, run_benchmark, spread
-from tenfold_shared.figures import OURS, PEERS, save, style
-
 from mlcm.mixture import GaussianMixture
 from mlcm.testbed import (
     RECIPES,
@@ -23,10 +20,13 @@ from mlcm.testbed import (
     student_points,
     teacher_points,
 )
+from tenfold_shared.claims import Claim, run_benchmark, source_digest, spread
+from tenfold_shared.figures import OURS, PEERS, save, style
+from tenfold_shared.hub import replace_atomically
 
 PAPER = "2406.05768"
 RESULTS = Path(__file__).parent / "results"
-ITERATIONS = 1500
+ITERATIONS = 800
 EVALUATION = 1000
 """Offset of the evaluation's seeds from those of training."""
 Score = dict[str, list[float]]
@@ -46,9 +46,24 @@ def references(guidance: float, seeds: tuple[int, ...]) -> list:
 
 @cache
 def trained(name: str, guidance: float, seeds: tuple[int, ...]) -> Distillation:
-    return Distillation(mixture(), RECIPES[name], seeds, iterations=ITERATIONS, guidance_scale=guidance).run()
+    """Train, or take what an interrupted run of the same sources has trained."""
+    run = Distillation(mixture(), RECIPES[name], seeds, iterations=ITERATIONS, guidance_scale=guidance)
+    key = f"{name}-{guidance:g}-{ITERATIONS}-{'-'.join(map(str, seeds))}-{source_digest('mlcm')}"
+    kept = RESULTS / ".partial" / "mlcm" / f"{key.replace(' ', '_')}.pt"
+    if kept.exists():
+        record = torch.load(kept, weights_only=True)
+        run.student.load_state_dict(record["student"])
+        run.seconds, run.teacher_calls = record["seconds"], record["teacher_calls"]
+        run.student.requires_grad_(False)
+        return run
+    run.run()
+    record = {"student": run.student.state_dict(), "seconds": run.seconds, "teacher_calls": run.teacher_calls}
+    with replace_atomically(kept) as partial:
+        torch.save(record, partial)
+    return run
 
 
+@cache
 def scores(name: str, guidance: float, seeds: tuple[int, ...], steps: int, sampler: str = "renoise") -> Score:
     """Figures of every seed. name: a recipe, or "DDIM" for the exact teacher."""
     rows = []
@@ -96,7 +111,9 @@ def _bars(guidance: float, seeds: list[int]) -> list[Claim]:
     ours = get["joint", 4]
     note = "; ".join(cost(n, guidance, own) for n in ("joint", "stage 1", "LCM", "TCD", "PCM-like"))
 
-    def claim(id: str, statement: str, metric: str, values: list[float], peers: dict[str, float], bar: str, ok: bool, **more) -> Claim:
+    def claim(
+        id: str, statement: str, metric: str, values: list[float], peers: dict[str, float], bar: str, ok: bool, **more
+    ) -> Claim:
         return Claim(
             id=f"{id}-{tag}", paper=PAPER, statement=f"{statement}, {words}", metric=metric, ours=median(values),
             peers=peers, bar=bar, passed=ok, seeds=seeds, spread=spread(values), **{"note": note, **more},
@@ -110,7 +127,10 @@ def _bars(guidance: float, seeds: list[int]) -> list[Claim]:
     lcm, ddim = median(ratio(ours["sw2"], get["LCM", 4]["sw2"])), median(ratio(ours["sw2"], get["DDIM", 8]["sw2"]))
     stage1, lcm8 = det["stage 1"], get["LCM", 8]
     far = median(ratio(ours["far"], get["LCM", 4]["far"]))
-    better, covered = median(ratio(stage1["sw2"], get["DDIM", 8]["sw2"])), median(ratio(stage1["coverage"], lcm8["coverage"]))
+    better, covered = (
+        median(ratio(stage1["sw2"], get["DDIM", 8]["sw2"])),
+        median(ratio(stage1["coverage"], lcm8["coverage"])),
+    )
     unified = median(ratio(get["joint", 8]["sw2"], ours["sw2"]))
     parity = median(ratio(get["joint", 2]["sw2"], get["LCM", 2]["sw2"]))
     figure = f"mlcm/mixture-{tag}.png"
@@ -154,7 +174,9 @@ def draw(guidance: float, seeds: tuple[int, ...], path: Path) -> None:
             found = [scores(name, guidance, seeds, k, sampler) for k in (2, 4, 8)]
             for axis, key in zip(axes, ("sw2", "far"), strict=True):
                 axis.plot((2, 4, 8), [median(f[key]) for f in found], "o-", color=color, label=label)
-        for axis, title in zip(axes, ("sliced W2 to the exact distribution", "share of samples off every mode"), strict=True):
+        for axis, title in zip(
+            axes, ("sliced W2 to the exact distribution", "share of samples off every mode"), strict=True
+        ):
             axis.set(title=title, xlabel="network calls of the student, steps of DDIM", yscale="log", xscale="log")
             axis.set_xticks((2, 4, 8), ("2", "4", "8"))
             axis.minorticks_off()
@@ -241,7 +263,9 @@ def digits(seeds: list[int]) -> list[Claim]:
     took = [statistics.fmean(r["seconds"][i] for r in rows) for i in (0, 1)]
     note = (f"{steps} iterations x 64 rows each; ours {took[0]:.0f} s, LCM {took[1]:.0f} s a seed; LCM trains on real latents, "
             "ours on none; LCM's training is written here")  # fmt: skip
-    metric = "Fréchet distance to the guided teacher's 50-step samples in a digit classifier's features, lower is better"
+    metric = (
+        "Fréchet distance to the guided teacher's 50-step samples in a digit classifier's features, lower is better"
+    )
     figures = ["mlcm/digits.png"]
     return [
         Claim("digits-lcm", PAPER, "On digits in a latent space, 4 steps are nearer to the teacher than 4 steps of LCM", metric,
@@ -268,7 +292,9 @@ def picture(world, d, noise, found, labels) -> None:
             axis.set_xticks([])
             axis.set_yticks([])
             axis.grid(False)
-            axis.set_ylabel(name, rotation=0, ha="right", va="center", color=OURS if name.startswith("ours") else "black")
+            axis.set_ylabel(
+                name, rotation=0, ha="right", va="center", color=OURS if name.startswith("ours") else "black"
+            )
         save(figure, RESULTS / "mlcm/digits.png")
 
 

@@ -29,7 +29,19 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tiny) -> Path:
-    done = run("train", "--config", tiny / "config.yaml", "--stage", "1", "--stage", "2", "--device", "cpu", "--output", tiny / "run")
+    done = run(
+        "train",
+        "--config",
+        tiny / "config.yaml",
+        "--stage",
+        "1",
+        "--stage",
+        "2",
+        "--device",
+        "cpu",
+        "--output",
+        tiny / "run",
+    )
     assert done.exit_code == 0, done.output
     return tiny / "run" / "checkpoint"
 
@@ -47,23 +59,51 @@ def test_every_help_ends_with_an_example(name):
 
 def test_train_writes_a_lora_that_samples(tiny, trained):
     assert (trained / "pytorch_lora_weights.safetensors").exists()
-    drawn = run("sample", tiny, "a red ball", "a cube", "--steps", 2, "--lora", trained, "--output", tiny / "images", "--device", "cpu")
+    drawn = run(
+        "sample",
+        tiny,
+        "a red ball",
+        "a cube",
+        "--steps",
+        2,
+        "--lora",
+        trained,
+        "--output",
+        tiny / "images",
+        "--device",
+        "cpu",
+    )
     assert drawn.exit_code == 0, drawn.output
     assert [p.name for p in sorted((tiny / "images").glob("*.png"))] == ["000.png", "001.png"]
 
 
 def test_resume_goes_on_and_other_stages_follow(tiny, trained):
-    done = run("train", "--config", tiny / "config.yaml", "--stage", "adversarial", "--resume", "--device", "cpu", "--output", tiny / "run")
+    done = run(
+        "train",
+        "--config",
+        tiny / "config.yaml",
+        "--stage",
+        "adversarial",
+        "--resume",
+        "--device",
+        "cpu",
+        "--output",
+        tiny / "run",
+    )
     assert done.exit_code == 0, done.output
     assert json.loads((trained / "trainer.json").read_text())["progress"]["adversarial"] == 2
 
 
 def test_trajectories_then_training_on_them(tiny):
-    made = run("trajectories", "--config", tiny / "config.yaml", "--entries", 4, "--output", tiny / "bank", "--device", "cpu")
+    made = run(
+        "trajectories", "--config", tiny / "config.yaml", "--entries", 4, "--output", tiny / "bank", "--device", "cpu"
+    )
     assert made.exit_code == 0, made.output
     text = (tiny / "config.yaml").read_text() + "trajectories: bank\n"
     (tiny / "banked.yaml").write_text(text)
-    done = run("train", "--config", tiny / "banked.yaml", "--stage", "1", "--device", "cpu", "--output", tiny / "banked")
+    done = run(
+        "train", "--config", tiny / "banked.yaml", "--stage", "1", "--device", "cpu", "--output", tiny / "banked"
+    )
     assert done.exit_code == 0, done.output
 
 
@@ -106,7 +146,21 @@ def test_demo(tmp_path):
 def test_guidance_on_a_distilled_student_warns(tiny, trained):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run("sample", tiny, "a", "--lora", trained, "--guidance-scale", 7, "--steps", 1, "--device", "cpu", "--output", tiny / "w")
+        run(
+            "sample",
+            tiny,
+            "a",
+            "--lora",
+            trained,
+            "--guidance-scale",
+            7,
+            "--steps",
+            1,
+            "--device",
+            "cpu",
+            "--output",
+            tiny / "w",
+        )
     assert any("guidance_scale 7.0 on a student" in str(w.message) for w in caught)
 
 
@@ -136,7 +190,9 @@ def test_bad_input_is_one_line(tiny, tmp_path):
     refused(["train", "--config", settings(typo=1), *out], "typo")
     refused(["train", "--config", settings(prompts=empty), *out], "is empty")
     refused(["train", "--config", settings(model="./nowhere"), *out], "does not exist")
-    refused(["train", "--config", settings(segments=2000), "--device", "cpu", *out], "segments is 2000, expected 1 to 999")
+    refused(
+        ["train", "--config", settings(segments=2000), "--device", "cpu", *out], "segments is 2000, expected 1 to 999"
+    )
     refused(["train", "--config", settings(), "--stage", "7", *out], "stage is '7'")
     refused(["train", "--config", settings(), "--resume", *out], "holds no checkpoint to resume")
     refused(["train", "--config", settings(reward="beauty"), "--stage", "reward", *out], "reward is 'beauty'")

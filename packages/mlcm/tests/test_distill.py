@@ -82,7 +82,9 @@ def test_a_perfect_student_of_one_gaussian_has_no_loss():
     )
     inside = pairs.t > 124
     still = SCHEDULE.jump(pairs.z, perfect(pairs.z, pairs.t, Condition()), pairs.t, pairs.end)
-    assert inside.any() and float(l2(still, pairs.target)[inside].mean()) < 0.3 * float(l2(pairs.z, torch.zeros_like(pairs.z)).mean())
+    assert inside.any() and float(l2(still, pairs.target)[inside].mean()) < 0.3 * float(
+        l2(pairs.z, torch.zeros_like(pairs.z)).mean()
+    )
 
 
 def test_stage_two_lands_on_the_next_milestone():
@@ -99,7 +101,9 @@ def test_stage_two_lands_on_the_next_milestone():
     place = {t: s for t, s in zip(milestones(8), milestones(8)[1:], strict=False)}
     assert seen[4].tolist() == [place[t] for t in pairs.t.tolist()]
     last = pairs.t == 124
-    ends = TRAJECTORY.solve(pairs.z[last], pairs.t[last], torch.zeros_like(pairs.t[last]), condition.rows(last), steps=3)
+    ends = TRAJECTORY.solve(
+        pairs.z[last], pairs.t[last], torch.zeros_like(pairs.t[last]), condition.rows(last), steps=3
+    )
     torch.testing.assert_close(pairs.target[last], ends)
 
 
@@ -145,7 +149,9 @@ def test_states_from_a_bank_are_one_solver_step_away():
 def test_student_sample_ends_at_the_prediction():
     noise, condition, start = draws(5)
     constant = torch.randn(5, 2)
-    assert torch.equal(student_sample(lambda z, t, c: constant, SCHEDULE, condition, noise, start=start, steps=3), constant)
+    assert torch.equal(
+        student_sample(lambda z, t, c: constant, SCHEDULE, condition, noise, start=start, steps=3), constant
+    )
 
 
 def test_rows_are_the_same_however_the_batch_is_cut():
@@ -175,5 +181,7 @@ def test_a_flow_is_distilled_by_the_same_code():
     schedule = NoiseSchedule.flow()
     trajectory = TeacherTrajectory(lambda z, t, c, w: 0.5 * z, schedule)
     noise, _, start = draws(64)
-    pairs = segment_pairs(lambda z, t, c: 0.5 * z, trajectory, Condition(), noise, start=start, milestones=milestones(8), skip=20)
+    pairs = segment_pairs(
+        lambda z, t, c: 0.5 * z, trajectory, Condition(), noise, start=start, milestones=milestones(8), skip=20
+    )
     assert consistency_loss(lambda z, t, c: 0.5 * z, schedule, pairs, l2).isfinite().all()

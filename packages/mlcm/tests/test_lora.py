@@ -25,7 +25,9 @@ def inputs(pipe) -> tuple:
     generator = torch.Generator().manual_seed(1)
     more = {}
     if hasattr(pipe, "text_encoder_2"):
-        more = {"added_cond_kwargs": {"text_embeds": torch.randn(2, 32, generator=generator), "time_ids": torch.ones(2, 6)}}
+        more = {
+            "added_cond_kwargs": {"text_embeds": torch.randn(2, 32, generator=generator), "time_ids": torch.ones(2, 6)}
+        }
     width = pipe.unet.config.cross_attention_dim
     z, text = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 7, width, generator=generator)
     return (z, torch.tensor([3, 900]), text), more
@@ -86,7 +88,9 @@ def test_exported_lora_loads_in_the_pipeline_and_gives_the_same_images(pipe, tmp
         p.set_progress_bar_config(disable=True)
         p.scheduler = MLCMScheduler.from_config(p.scheduler.config)
         generator = torch.Generator().manual_seed(0)
-        latents.append(p("a cat", num_inference_steps=2, guidance_scale=0, generator=generator, output_type="latent").images)
+        latents.append(
+            p("a cat", num_inference_steps=2, guidance_scale=0, generator=generator, output_type="latent").images
+        )
     torch.testing.assert_close(*latents, rtol=0, atol=1e-3)
     torch.testing.assert_close(answer(pipe, pipe.unet), answer(other, other.unet), rtol=0, atol=1e-5)
     again = load_lora(file)

@@ -26,7 +26,9 @@ def test_a_shift_is_measured_exactly():
 
 def test_frechet_of_scaled_gaussians():
     a = draw(0, 50_000, 3)
-    assert frechet_distance(a, 2 * a) == pytest.approx(float(a.var(0).sum()) + float(a.mean(0).square().sum()), rel=1e-4)
+    assert frechet_distance(a, 2 * a) == pytest.approx(
+        float(a.var(0).sum()) + float(a.mean(0).square().sum()), rel=1e-4
+    )
 
 
 def test_coverage_sees_a_missing_half():

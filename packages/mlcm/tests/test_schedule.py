@@ -29,7 +29,9 @@ def test_jump_to_the_same_time_is_exactly_the_state():
 
 def test_jump_to_clean_is_the_prediction():
     x0 = draw(2, 3)
-    torch.testing.assert_close(SCHEDULE.jump(draw(2, 3, seed=1), x0, rows(900, 3), rows(CLEAN, CLEAN)), x0, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        SCHEDULE.jump(draw(2, 3, seed=1), x0, rows(900, 3), rows(CLEAN, CLEAN)), x0, rtol=0, atol=1e-6
+    )
 
 
 def test_jumps_compose_when_the_prediction_is_constant():

@@ -81,16 +81,28 @@ def test_a_pipeline_saves_and_reloads_with_it(pipe, tmp_path):
     again = load_pipeline(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert isinstance(again.scheduler, MLCMScheduler)
-    assert (again.scheduler.config.segments, again.scheduler.config.sampler, again.scheduler.config.gamma) == (4, "gamma", 0.5)
+    assert (again.scheduler.config.segments, again.scheduler.config.sampler, again.scheduler.config.gamma) == (
+        4,
+        "gamma",
+        0.5,
+    )
     images = [
-        p(["a", "b"], num_inference_steps=3, guidance_scale=0, generator=torch.Generator().manual_seed(3), output_type="pt").images
+        p(
+            ["a", "b"],
+            num_inference_steps=3,
+            guidance_scale=0,
+            generator=torch.Generator().manual_seed(3),
+            output_type="pt",
+        ).images
         for p in (pipe, again)
     ]
     assert torch.equal(*images)
 
 
 def test_image_to_image_starts_at_a_later_milestone(pipe):
-    kind = {"StableDiffusionPipeline": "StableDiffusionImg2ImgPipeline"}.get(type(pipe).__name__, "StableDiffusionXLImg2ImgPipeline")
+    kind = {"StableDiffusionPipeline": "StableDiffusionImg2ImgPipeline"}.get(
+        type(pipe).__name__, "StableDiffusionXLImg2ImgPipeline"
+    )
     pipe.scheduler = MLCMScheduler.from_config(pipe.scheduler.config)
     other = getattr(diffusers, kind).from_pipe(pipe)
     other.set_progress_bar_config(disable=True)

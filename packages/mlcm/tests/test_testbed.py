@@ -83,7 +83,11 @@ def test_the_digits_recipe_runs(tmp_path):
     assert made.progress == {"stage1": 1, "stage2": 1, "reward": 0, "adversarial": 0}
     lcm = digits.distil_lcm(again, steps=1, seed=0, batch=4)
     labels, noise = torch.arange(4), torch.randn(4, *digits.SHAPE)
-    for latents in (digits.draw(made.student, noise, labels, 2), digits.draw_lcm(lcm, noise, labels, 2), digits.draw_teacher(again, noise, labels, 2)):
+    for latents in (
+        digits.draw(made.student, noise, labels, 2),
+        digits.draw_lcm(lcm, noise, labels, 2),
+        digits.draw_teacher(again, noise, labels, 2),
+    ):
         assert latents.shape == (4, *digits.SHAPE) and again.features(latents).shape == (4, 32)
 
 

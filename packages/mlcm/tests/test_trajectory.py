@@ -11,7 +11,9 @@ SCHEDULE = MIXTURE.schedule
 
 def draw(count: int, seed: int = 0) -> tuple[torch.Tensor, Condition]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 2, generator=generator), MIXTURE.condition(torch.randint(0, 4, (count,), generator=generator))
+    return torch.randn(count, 2, generator=generator), MIXTURE.condition(
+        torch.randint(0, 4, (count,), generator=generator)
+    )
 
 
 def noise_of(x0: torch.Tensor, z: torch.Tensor, t: int) -> torch.Tensor:
@@ -40,8 +42,8 @@ def test_multi_step_denoising_is_the_ddim_of_diffusers(steps, t, w):
 
 def test_second_order_solver_is_the_one_of_diffusers():
     z, condition = draw(32)
-    times = [999, 800, 600, 400, 200]
     trajectory = TeacherTrajectory(MIXTURE, SCHEDULE, guidance_scale=2.0, solver="dpm++")
+    times = trajectory.grid(torch.tensor([999]), torch.tensor([200]), 4)[0].tolist()
     solver = diffusers.DPMSolverMultistepScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, solver_order=2, prediction_type="sample",
         lower_order_final=False, final_sigmas_type="sigma_min", thresholding=False,
@@ -52,14 +54,12 @@ def test_second_order_solver_is_the_one_of_diffusers():
         x0 = MIXTURE(state, torch.full((32,), t), condition, 2.0)
         state = solver.step(x0, t, state).prev_sample
     ours = trajectory.solve(z, torch.full((32,), 999), torch.full((32,), 200), condition, steps=4)
-    grid = trajectory.grid(torch.tensor([999]), torch.tensor([200]), 4)[0].tolist()
-    assert max(abs(a - b) for a, b in zip(grid, times, strict=True)) <= 1
-    torch.testing.assert_close(ours, state, rtol=0, atol=2e-2)
+    torch.testing.assert_close(ours, state, rtol=0, atol=1e-3)
 
 
 def test_second_order_is_nearer_to_the_flow_than_first_order():
     z, condition = draw(256)
-    t = torch.zeros(256, dtype=torch.long)
+    t = torch.full((256,), 200)
     exact = TeacherTrajectory(MIXTURE, SCHEDULE, guidance_scale=1.0).states(z, t, condition, steps=400)
     apart = {
         solver: (TeacherTrajectory(MIXTURE, SCHEDULE, guidance_scale=1.0, solver=solver).states(z, t, condition, steps=20) - exact)
@@ -120,7 +120,9 @@ def test_the_teacher_is_the_posterior_mean():
     z, t = torch.tensor([[0.3, 0.4]]), torch.tensor([700])
     alpha, sigma = SCHEDULE.alphas[700], SCHEDULE.sigmas[700]
     weight = (-(z - alpha * x).square().sum(1) / (2 * sigma**2)).softmax(0)
-    torch.testing.assert_close(MIXTURE.x0(z, t, MIXTURE.condition(torch.tensor([4]))), (weight[:, None] * x).sum(0)[None], rtol=0, atol=0.01)
+    torch.testing.assert_close(
+        MIXTURE.x0(z, t, MIXTURE.condition(torch.tensor([4]))), (weight[:, None] * x).sum(0)[None], rtol=0, atol=0.01
+    )
 
 
 def bank() -> TrajectoryBank:

@@ -38,10 +38,10 @@ class Discriminator(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        channels = network.config.block_out_channels[-1]  # type: ignore[union-attr, index]
+        channels = network.config.block_out_channels[-1]
         self.head = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1))
         self._features: Tensor | None = None
-        network.mid_block.register_forward_hook(self._keep)  # type: ignore[union-attr, operator]
+        network.mid_block.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self._features = output
@@ -62,7 +62,12 @@ class Adversary:
         self, network: nn.Module, schedule: NoiseSchedule, accelerator: Accelerator, *,
         lr: float, guidance_scale: float, teacher: Teacher,
     ):  # fmt: skip
-        self.schedule, self.accelerator, self.guidance_scale, self.teacher = schedule, accelerator, guidance_scale, teacher
+        self.schedule, self.accelerator, self.guidance_scale, self.teacher = (
+            schedule,
+            accelerator,
+            guidance_scale,
+            teacher,
+        )
         self.fake = twin(network)
         discriminator = Discriminator(twin(network))
         # The half after the middle sees no gradient; a distributed wrapper must not wait for it.

@@ -46,7 +46,9 @@ def report_card(
             images = generate(count)
             seconds = (time.perf_counter() - started) / len(images)
             found = features(images).float().cpu()
-            rows.append(_row(str(count), images, found, wanted, seconds, reference, features, prompts, rewards, inception))
+            rows.append(
+                _row(str(count), images, found, wanted, seconds, reference, features, prompts, rewards, inception)
+            )
     columns = ["steps", "Fréchet", "coverage", *rewards, *(["FID"] if inception else []), "seconds an image"]
     return Table("Report card, against the teacher's images", columns, rows)
 
@@ -69,13 +71,17 @@ def _fid(reference: Tensor, images: Tensor) -> float:
 
         metric = FrechetInceptionDistance(normalize=True)
     except (ImportError, ModuleNotFoundError, OSError) as error:
-        raise UserError("FID needs torchmetrics and its Inception weights", hint="pip install 'mlcm[metrics]', with a network") from error
+        raise UserError(
+            "FID needs torchmetrics and its Inception weights", hint="pip install 'mlcm[metrics]', with a network"
+        ) from error
     metric.update(reference.cpu(), real=True)
     metric.update(images.cpu(), real=False)
     return float(metric.compute())
 
 
-def pipeline_images(pipe: Any, prompts: Sequence[str], steps: int, *, guidance_scale: float, seed: int, batch: int = 8) -> Tensor:
+def pipeline_images(
+    pipe: Any, prompts: Sequence[str], steps: int, *, guidance_scale: float, seed: int, batch: int = 8
+) -> Tensor:
     """Images (count, 3, height, width) in [0, 1] of a pipeline, one per prompt, each from its own seed."""
     images = []
     for start in range(0, len(prompts), batch):

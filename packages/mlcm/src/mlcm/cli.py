@@ -11,7 +11,9 @@ app = make_app("mlcm", "One few-step student for 2 to 8 sampling steps, distille
 Model = Annotated[str, typer.Argument(help="Hub id or folder of a Stable Diffusion or SDXL pipeline.")]
 Config = Annotated[Path, typer.Option(help="YAML file: model, prompts, and any setting of MLCMConfig.", dir_okay=False)]
 Prompts = Annotated[Path, typer.Option(help="Text file, one prompt a line.", dir_okay=False)]
-LoraPath = Annotated[Path | None, typer.Option("--lora", help="LoRA file or folder; a checkpoint of mlcm train is one.")]
+LoraPath = Annotated[
+    Path | None, typer.Option("--lora", help="LoRA file or folder; a checkpoint of mlcm train is one.")
+]
 STAGES = ("1", "2", "reward", "adversarial")
 
 
@@ -51,7 +53,9 @@ def tiny(
 def train(
     config: Config,
     output: Output = Path("mlcm-run"),
-    stage: Annotated[list[str] | None, typer.Option(help="1, 2, reward, adversarial; repeat it. Default: 1 and 2.")] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="1, 2, reward, adversarial; repeat it. Default: 1 and 2.")
+    ] = None,
     resume: Resume = False,
     device: Device = "auto",
 ) -> None:
@@ -67,7 +71,9 @@ def train(
         emit({"checkpoint": str(checkpoint), "load it with": f"pipe.load_lora_weights('{checkpoint}')"})
 
 
-@app.command(epilog="Example: mlcm tiny --output tiny && mlcm trajectories --config tiny/config.yaml --entries 16 --output bank")
+@app.command(
+    epilog="Example: mlcm tiny --output tiny && mlcm trajectories --config tiny/config.yaml --entries 16 --output bank"
+)
 def trajectories(
     config: Config,
     output: Output = Path("trajectories"),
@@ -107,7 +113,9 @@ def sample(
     emit(Table("", ["prompt", "file"], list(zip(prompt, map(str, files), strict=True))))
 
 
-@app.command("eval", epilog="Example: mlcm tiny --output tiny && mlcm eval tiny --prompts tiny/prompts.txt --teacher-steps 4")
+@app.command(
+    "eval", epilog="Example: mlcm tiny --output tiny && mlcm eval tiny --prompts tiny/prompts.txt --teacher-steps 4"
+)
 def evaluate(
     model: Model,
     prompts: Prompts,
@@ -118,7 +126,9 @@ def evaluate(
     guidance_scale: Annotated[float, typer.Option(help="Of the teacher.")] = 8.0,
     teacher_steps: Annotated[int, typer.Option(help="DDIM steps of the teacher.", min=1)] = 25,
     clip: Annotated[str | None, typer.Option(help="CLIP model for features and CLIP score; pixels without it.")] = None,
-    reward: Annotated[list[str] | None, typer.Option(help="pickscore, aesthetic, hpsv2, image-reward; NAME=MODEL for another.")] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="pickscore, aesthetic, hpsv2, image-reward; NAME=MODEL for another.")
+    ] = None,
     fid: Annotated[bool, typer.Option("--fid", help="Also the usual FID (downloads Inception's weights).")] = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -136,7 +146,9 @@ def evaluate(
 
 @app.command(epilog="Example: mlcm convert run/checkpoint --to kohya --output lora")
 def convert(
-    source: Annotated[str, typer.Argument(help="peft folder of the authors (or its hub id), or a diffusers or kohya LoRA.")],
+    source: Annotated[
+        str, typer.Argument(help="peft folder of the authors (or its hub id), or a diffusers or kohya LoRA.")
+    ],
     to: Annotated[str, typer.Option(help="diffusers, kohya or peft.")] = "diffusers",
     output: Output = Path("lora"),
     alpha: Annotated[float | None, typer.Option(help="lora_alpha of a peft folder, in place of its own.")] = None,
@@ -144,16 +156,30 @@ def convert(
     """Convert a LoRA, with its scale baked in."""
     from mlcm.lora import export_lora, load_lora, load_official_lora
 
-    is_file = Path(source).exists() and not (Path(source) / "adapter_model.safetensors").exists() and not (Path(source) / "adapter_model.bin").exists()
+    is_file = (
+        Path(source).exists()
+        and not (Path(source) / "adapter_model.safetensors").exists()
+        and not (Path(source) / "adapter_model.bin").exists()
+    )
     lora = load_lora(source) if is_file else load_official_lora(source, alpha=alpha)
     file = export_lora(lora, output, format=to)
-    emit({"file": str(file), "layers": len(lora.tensors) // 2, "rank": lora.rank, "alpha": lora.alpha, "alpha from": lora.origin})
+    emit(
+        {
+            "file": str(file),
+            "layers": len(lora.tensors) // 2,
+            "rank": lora.rank,
+            "alpha": lora.alpha,
+            "alpha from": lora.origin,
+        }
+    )
 
 
 @app.command(epilog="Example: mlcm bench toy --iterations 20")
 def bench(
     what: Annotated[str, typer.Argument(help="toy (the mixture) or digits.")],
-    iterations: Annotated[int | None, typer.Option(help="Student steps; 1000 on the mixture, 150 on digits.", min=2)] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="Student steps; 1000 on the mixture, 150 on digits.", min=2)
+    ] = None,
     guidance_scale: Annotated[float, typer.Option(help="On the mixture.")] = 3.0,
     seed: Seed = 0,
     json: Json = False,

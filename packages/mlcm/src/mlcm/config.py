@@ -16,7 +16,9 @@ class MLCMConfig(BaseModel):
     skip: int = Field(20, gt=0, description="training indices between neighbours in stage 1")
     guidance_scale: float = Field(8.0, ge=0, allow_inf_nan=False, description="of the teacher; 1 is no guidance")
     stage2: Literal["joint", "sparse", "progressive"] = "joint"
-    progressive_segments: tuple[int, ...] = Field((8, 4, 2), description="segments of each part of a progressive stage 2")
+    progressive_segments: tuple[int, ...] = Field(
+        (8, 4, 2), description="segments of each part of a progressive stage 2"
+    )
     teacher_substeps: int = Field(3, ge=1, description="p, guided teacher steps between milestones in stage 2")
     student_steps: int = Field(4, ge=1, description="q, student steps to the samples that stage 2 noises")
     solver: Literal["ddim", "dpm++"] = "ddim"
@@ -62,7 +64,9 @@ class TrainConfig(MLCMConfig):
     reward_model: str | None = Field(None, description="hub id or folder of the reward model")
     held_out_reward: str | None = Field(None, description="a second reward model, watched and not trained on")
     adversarial_steps: int = Field(1000, ge=0)
-    trajectories: Path | None = Field(None, description="folder of mlcm trajectories, in place of solving them in the loop")
+    trajectories: Path | None = Field(
+        None, description="folder of mlcm trajectories, in place of solving them in the loop"
+    )
     resolution: int | None = Field(None, ge=8, description="pixels; the model's own when not given")
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
 
@@ -89,5 +93,5 @@ def read_config(path: str | Path, **overrides: Any) -> TrainConfig:
     here = {name: path.parent / value for name in ("prompts", "trajectories", "latent_lpips")
             if (value := getattr(config, name)) and not value.is_absolute()}  # fmt: skip
     if (path.parent / config.model).is_dir():
-        here["model"] = str(path.parent / config.model)  # type: ignore[assignment]
+        here["model"] = str(path.parent / config.model)
     return config.model_copy(update=here)

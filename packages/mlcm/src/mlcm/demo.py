@@ -25,9 +25,7 @@ def run(output: Path, seed: int, *, iterations: int = 500) -> Table:
     runs = {}
     for name in ("LCM", "joint"):
         log.info("distilling %s, %d iterations", name, iterations)
-        runs[name] = Distillation(
-            mixture, RECIPES[name], [seed], iterations=iterations, guidance_scale=GUIDANCE
-        ).run()
+        runs[name] = Distillation(mixture, RECIPES[name], [seed], iterations=iterations, guidance_scale=GUIDANCE).run()
     ours, lcm = runs["joint"].student, runs["LCM"].student
     samples = {
         "exact": reference.points,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from mlcm.conditioners import ClassCondition
 from mlcm.config import MLCMConfig
 from mlcm.losses import l2
 from mlcm.network import Condition, Denoiser, add_lora, trainable
-from mlcm.randomness import RowNoise, seeded
+from mlcm.randomness import RowNoise, initialised_from, seeded
 from mlcm.sampling import sample
 from mlcm.schedule import NoiseSchedule, inference_times, milestones
 from mlcm.train import MLCMTrainer
@@ -184,7 +184,14 @@ def held_in(count: int) -> Tensor:
 
 
 def distil(
-    world: DigitWorld, *, steps: int, seed: int, first: float = 0.5, batch: int = 64, stage2: str = "joint", **settings: Any
+    world: DigitWorld,
+    *,
+    steps: int,
+    seed: int,
+    first: float = 0.5,
+    batch: int = 64,
+    stage2: Literal["joint", "sparse", "progressive"] = "joint",
+    **settings: Any,
 ) -> MLCMTrainer:
     """Our student: a LoRA on the teacher. first: share of the steps spent on stage 1."""
     config = MLCMConfig(
@@ -192,10 +199,7 @@ def distil(
         learning_rate=2e-3, stage2_learning_rate=2e-3, weight_decay=0.0, lr_schedule="cosine", seed=seed, **settings,
     )  # fmt: skip
     network = copy.deepcopy(world.network)
-    torch.manual_seed(seed)
-    trainer = MLCMTrainer(
-        network, config, ClassCondition(CLASSES), schedule=SCHEDULE, bank=make_bank(world, seed=seed)
-    )
+    trainer = MLCMTrainer(network, config, ClassCondition(CLASSES), schedule=SCHEDULE, bank=make_bank(world, seed=seed))
     trainer.train_stage1(round(steps * first))
     trainer.train_stage2(steps - round(steps * first))
     return trainer
@@ -233,8 +237,8 @@ def distil_lcm(world: DigitWorld, *, steps: int, seed: int, batch: int = 64) -> 
     with torch.no_grad():
         latents = world.encode(pixels)
     network, teacher = copy.deepcopy(world.network), world.teacher()
-    torch.manual_seed(seed)
-    add_lora(network, RANK, targets=TARGETS)
+    with initialised_from(seed):
+        add_lora(network, RANK, targets=TARGETS)
     average = copy.deepcopy(network).requires_grad_(False)
     student, target = Denoiser(network, SCHEDULE), Denoiser(average, SCHEDULE)
     trajectory = TeacherTrajectory(teacher.guided, SCHEDULE, 8, GUIDANCE)
@@ -269,12 +273,16 @@ def distil_lcm(world: DigitWorld, *, steps: int, seed: int, batch: int = 64) -> 
 
 
 @torch.no_grad()
-def draw(student: Denoiser, noise: Tensor, labels: Tensor, steps: int, *, seed: int = 0, sampler: str = "renoise") -> Tensor:
+def draw(
+    student: Denoiser, noise: Tensor, labels: Tensor, steps: int, *, seed: int = 0, sampler: str = "renoise"
+) -> Tensor:
     """Latents of our student in `steps` steps."""
     fresh = RowNoise([seeded(seed, 3)], len(noise))
     times = inference_times(steps, milestones(8))
     condition = ClassCondition(CLASSES)(labels)
-    return sample(student.x0, SCHEDULE, noise, condition, times=times, noise=lambda: fresh.normal(*SHAPE), sampler=sampler)
+    return sample(
+        student.x0, SCHEDULE, noise, condition, times=times, noise=lambda: fresh.normal(*SHAPE), sampler=sampler
+    )
 
 
 @torch.no_grad()

@@ -55,7 +55,9 @@ class LatentLPIPS(nn.Module):
         return network.requires_grad_(False).eval()
 
 
-def train_step(network: LatentLPIPS, optimizer: torch.optim.Optimizer, triplet: tuple[Tensor, Tensor, Tensor], judge: Tensor) -> float:
+def train_step(
+    network: LatentLPIPS, optimizer: torch.optim.Optimizer, triplet: tuple[Tensor, Tensor, Tensor], judge: Tensor
+) -> float:
     """One step on two-alternative judgements, as BAPPS has them.
 
     triplet: reference and two distortions, latents (batch, 4, height, width). judge: share of people who found the second

@@ -53,7 +53,9 @@ class Lora:
                 wrong.append(f"{name} is {tuple(tensor.shape)} for a weight {tuple(weight.shape)}")
         if wrong:
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            raise UserError(f"the LoRA does not fit this UNet: {'; '.join(wrong[:4])}{more}", hint="another base model?")
+            raise UserError(
+                f"the LoRA does not fit this UNet: {'; '.join(wrong[:4])}{more}", hint="another base model?"
+            )
 
 
 def load_official_lora(path: str | Path, *, unet: nn.Module | None = None, alpha: float | None = None) -> Lora:
@@ -161,7 +163,11 @@ def export_lora(source: nn.Module | Lora, path: str | Path, *, format: str = "di
     tensors = {f"unet.{name}": tensor for name, tensor in lora.tensors.items()}
     if format == "kohya":
         tensors = convert_state_dict_to_kohya(tensors)
-    file = path if path.suffix == ".safetensors" else path / (LORA_FILE if format == "diffusers" else "mlcm_kohya.safetensors")
+    file = (
+        path
+        if path.suffix == ".safetensors"
+        else path / (LORA_FILE if format == "diffusers" else "mlcm_kohya.safetensors")
+    )
     with replace_atomically(file) as partial:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"format": "pt"})
     return file
@@ -177,7 +183,8 @@ def _export_peft(lora: Lora, path: Path) -> Path:
         partial.mkdir()
         config.save_pretrained(str(partial))
         save_file(
-            {f"base_model.model.{k}": v.contiguous() for k, v in lora.tensors.items()}, partial / "adapter_model.safetensors"
+            {f"base_model.model.{k}": v.contiguous() for k, v in lora.tensors.items()},
+            partial / "adapter_model.safetensors",
         )
     return path / "adapter_model.safetensors"
 
@@ -185,7 +192,11 @@ def _export_peft(lora: Lora, path: Path) -> Path:
 def _paired(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """The tensors when each A has its B and both are finite."""
     foreign = [k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight"))]
-    single = [k for k in tensors if k.replace(".lora_A.", ".lora_B.") not in tensors or k.replace(".lora_B.", ".lora_A.") not in tensors]
+    single = [
+        k
+        for k in tensors
+        if k.replace(".lora_A.", ".lora_B.") not in tensors or k.replace(".lora_B.", ".lora_A.") not in tensors
+    ]
     if foreign or single or not tensors:
         named = ", ".join((foreign + single)[:4]) or "none"
         raise UserError(f"{source} holds no whole LoRA; unusable keys: {named}")
@@ -206,4 +217,6 @@ def _folder(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["adapter_*"]))
     except Exception as error:
-        raise UserError(f"'{name}' is neither a folder here nor reachable on the hub", hint="check the id and the network") from error
+        raise UserError(
+            f"'{name}' is neither a folder here nor reachable on the hub", hint="check the id and the network"
+        ) from error

@@ -84,7 +84,8 @@ class Denoiser:
         if not isinstance(scale, Tensor) and scale == 1:
             return self._predict(z, t, condition.given)
         both = self._predict(torch.cat([z, z]), torch.cat([t, t]), _cat([condition.null, condition.given]))
-        return guide(*both.chunk(2), scale)
+        unconditional, conditional = both.chunk(2)
+        return guide(unconditional, conditional, scale)
 
     def _predict(self, z: Tensor, t: Tensor, arguments: Arguments) -> Tensor:
         self.calls += len(z)
@@ -96,7 +97,12 @@ class Denoiser:
 
 
 def add_lora(
-    network: nn.Module, rank: int, *, alpha: float | None = None, targets: Sequence[str] = SDXL_TARGETS, name: str = "default"
+    network: nn.Module,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    targets: Sequence[str] = SDXL_TARGETS,
+    name: str = "default",
 ) -> None:
     """Freeze a network and put a trainable LoRA into it; its answers do not change until it is trained.
 

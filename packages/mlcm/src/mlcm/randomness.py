@@ -4,7 +4,8 @@ Every process draws the whole global batch from the same generator and keeps its
 one process would. Generators are seeded by (seed, stage, step): a resumed run needs no generator state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -49,3 +50,11 @@ def seeded(*numbers: int) -> torch.Generator:
     for number in numbers:
         mixed = (mixed * 1_000_003 + number + 0x9E3779B9) % (2**63 - 1)
     return torch.Generator().manual_seed(mixed)
+
+
+@contextmanager
+def initialised_from(seed: int) -> Iterator[None]:
+    """New layers get the same weights in every process and run; torch's own random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

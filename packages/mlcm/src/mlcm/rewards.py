@@ -74,14 +74,19 @@ class RewardLoss:
     def _score(reward: RewardModel, images: Tensor, prompts: list[str]) -> Tensor:
         score = reward(images, prompts)
         if score.shape != (len(images),):
-            raise UserError(f"the reward gave {tuple(score.shape)}, expected one score for each of {len(images)} images")
+            raise UserError(
+                f"the reward gave {tuple(score.shape)}, expected one score for each of {len(images)} images"
+            )
         return score
 
     def _watch(self, trained: float, held_out: float) -> None:
         self.history.append((trained, held_out))
         if self.over_optimised or len(self.history) < 2 * self.window:
             return
-        first, last = torch.tensor(self.history[: self.window]).mean(0), torch.tensor(self.history[-self.window :]).mean(0)
+        first, last = (
+            torch.tensor(self.history[: self.window]).mean(0),
+            torch.tensor(self.history[-self.window :]).mean(0),
+        )
         if last[0] > first[0] and last[1] < first[1]:
             self.over_optimised = True
             log.warning(
@@ -189,7 +194,9 @@ def make_reward(name: str, *, model: str | None = None, device: str = "cpu") -> 
     Raises UserError for an unknown name, MissingRewardError (an ImportError) when its library is not installed.
     """
     if name not in REWARDS:
-        raise UserError(f"reward is '{name}', expected one of {', '.join(REWARDS)}", hint="or pass a function to train_reward")
+        raise UserError(
+            f"reward is '{name}', expected one of {', '.join(REWARDS)}", hint="or pass a function to train_reward"
+        )
     source = model or REWARDS[name]
     if name == "clip":
         return ClipReward(source).to(device)

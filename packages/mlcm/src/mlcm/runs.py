@@ -73,7 +73,8 @@ def train_pipeline(
         raise UserError(f"{checkpoint} holds no checkpoint to resume", hint="run without --resume first")
     bank = TrajectoryBank.load(config.trajectories) if config.trajectories else None
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=device == "cpu")
-    reward = held_out = None
+    reward: Any = None
+    held_out: Any = None
     if "reward" in stages:
         place = str(accelerator.device)
         reward = make_reward(config.reward, model=config.reward_model, device=place)

@@ -4,6 +4,7 @@ A state at training index t is z_t = alpha_t x + sigma_t e. The index `CLEAN` st
 there returns the clean latent itself; index 0 is almost clean and is the last milestone.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -150,7 +151,7 @@ def milestones(segments: int, last: int = 999, *, schedule: NoiseSchedule | None
 def check_milestones(times: Sequence[int], last: int) -> list[int]:
     """The times when they fall strictly from `last` to 0. Raises UserError when they do not."""
     times = [int(t) for t in times]
-    if len(times) < 2 or times[0] != last or times[-1] != 0 or any(a <= b for a, b in zip(times, times[1:], strict=False)):
+    if len(times) < 2 or times[0] != last or times[-1] != 0 or any(a <= b for a, b in itertools.pairwise(times)):
         raise UserError(f"milestones {times}, expected whole numbers that fall strictly from {last} to 0")
     return times
 

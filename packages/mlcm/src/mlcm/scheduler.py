@@ -1,5 +1,6 @@
 """A diffusers scheduler for students of this method: milestone times, and the three samplers."""
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,9 +105,11 @@ class MLCMScheduler(SchedulerMixin, ConfigMixin):
             raise UserError("give either num_inference_steps or timesteps")
         if timesteps is not None:
             chosen = [int(t) for t in timesteps]
-            falling = all(a > b for a, b in zip(chosen, chosen[1:], strict=False))
+            falling = all(a > b for a, b in itertools.pairwise(chosen))
             if not chosen or not falling or chosen[0] > self.schedule.last or chosen[-1] < 1:
-                raise UserError(f"timesteps {chosen}, expected whole numbers that fall within {self.schedule.last} to 1")
+                raise UserError(
+                    f"timesteps {chosen}, expected whole numbers that fall within {self.schedule.last} to 1"
+                )
             if off := [t for t in chosen if t not in self.milestones]:
                 log.warning("timesteps %s are not milestones of the %d segments", off, self.config.segments)
         elif self.config.positions is not None and len(self.config.positions) == num_inference_steps:

@@ -4,6 +4,7 @@ On the mixture students of several seeds train side by side in one batched netwo
 generators seeded by its own seed and shares none with its neighbours.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -58,9 +59,7 @@ class PlaneStudent(nn.Module):
         self.register_buffer("waves", torch.exp(torch.linspace(0, math.log(200), 16)), persistent=False)
         generator = torch.Generator().manual_seed(0)
         widths = [2 + 32 + classes + 1, width, width, width, 2]
-        self.layers = nn.ModuleList(
-            MemberLinear(members, a, b, generator) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(MemberLinear(members, a, b, generator) for a, b in itertools.pairwise(widths))
 
     def forward(self, z: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
         """v at (z, t). z: (members x batch, 2); t, class_labels: long (members x batch,)."""
@@ -127,7 +126,7 @@ class Distillation:
         self.generators = [seeded(seed, 1) for seed in seeds]
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=lr)
         self.plan = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, iterations)
-        self.seconds = 0.0
+        self.seconds, self.teacher_calls = 0.0, 0
 
     def run(self) -> "Distillation":
         """Train; `seconds` and the mixture's `calls` tell the cost."""
@@ -167,7 +166,10 @@ class Distillation:
 
     def _draws(self, rows: int) -> tuple[RowNoise, Condition]:
         labels = torch.cat(
-            [torch.multinomial(self.mixture.class_weights, rows, replacement=True, generator=g) for g in self.generators]
+            [
+                torch.multinomial(self.mixture.class_weights, rows, replacement=True, generator=g)
+                for g in self.generators
+            ]
         )
         return RowNoise(self.generators, rows), self.mixture.condition(labels)
 
@@ -218,7 +220,9 @@ def interleave(halves: Sequence[Pairs], members: int) -> Pairs:
     """Two batches of all members as one in which every member's rows lie together."""
     joined = Pairs.cat(halves)
     order = torch.arange(len(joined.t)).view(len(halves), members, -1).transpose(0, 1).flatten()
-    return Pairs(joined.z[order], joined.t[order], joined.end[order], joined.target[order], joined.condition.rows(order))
+    return Pairs(
+        joined.z[order], joined.t[order], joined.end[order], joined.target[order], joined.condition.rows(order)
+    )
 
 
 def clip_members(student: PlaneStudent, most: float = 1.0) -> None:
@@ -319,12 +323,21 @@ def student_points(
 
 
 def scheduler_points(
-    student: PlaneStudent, member: int, reference: Reference, steps: int, scheduler: str, *, gamma: float = 0.3, seed: int = 0
+    student: PlaneStudent,
+    member: int,
+    reference: Reference,
+    steps: int,
+    scheduler: str,
+    *,
+    gamma: float = 0.3,
+    seed: int = 0,
 ) -> Tensor:
     """Samples of one member with diffusers' own LCMScheduler or TCDScheduler."""
     import diffusers
 
-    loop = getattr(diffusers, scheduler)(prediction_type="v_prediction", beta_schedule="scaled_linear", clip_sample=False)
+    loop = getattr(diffusers, scheduler)(
+        prediction_type="v_prediction", beta_schedule="scaled_linear", clip_sample=False
+    )
     loop.set_timesteps(steps)
     one, z, generator = only(student, member), reference.noise, seeded(seed, 3)
     more = {"eta": gamma} if scheduler == "TCDScheduler" else {}

@@ -23,7 +23,7 @@ from mlcm.config import MLCMConfig
 from mlcm.distill import Distance, Pairs, from_bank, milestone_pairs, predictions, segment_pairs, student_sample
 from mlcm.losses import make_distance
 from mlcm.network import SDXL_TARGETS, Condition, Denoiser, Teacher, adapters_off, add_lora, trainable
-from mlcm.randomness import RowNoise, seeded
+from mlcm.randomness import RowNoise, initialised_from, seeded
 from mlcm.rewards import RewardLoss, RewardModel
 from mlcm.schedule import NoiseSchedule, milestones
 from mlcm.trajectory import TeacherTrajectory, TrajectoryBank
@@ -74,9 +74,9 @@ class MLCMTrainer:
             if not isinstance(teacher, nn.Module):
                 raise UserError("a teacher that is a function needs student=, the network to train")
             if not trainable_lora(teacher):
-                add_lora(
-                    teacher, config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets or SDXL_TARGETS
-                )
+                targets = config.lora_targets or SDXL_TARGETS
+                with initialised_from(config.seed):
+                    add_lora(teacher, config.lora_rank, alpha=config.lora_alpha, targets=targets)
             if config.gradient_checkpointing:
                 teacher.enable_gradient_checkpointing()
             student = teacher
@@ -90,7 +90,7 @@ class MLCMTrainer:
         self._denoiser = Denoiser(student, self.schedule)
         self._student = Denoiser(self.wrapped, self.schedule)
         self.trajectory = TeacherTrajectory(
-            self._frozen if teacher is student else teacher,  # type: ignore[arg-type]
+            self._frozen if teacher is student else teacher,
             self.schedule,
             config.segments,
             config.guidance_scale,
@@ -118,10 +118,17 @@ class MLCMTrainer:
 
     def train_stage2(self, steps: int, *, checkpoint: str | Path | None = None) -> None:
         """The second stage that the config names: joint, sparse or progressive."""
-        self._train("stage2", steps, self.config.stage2_learning_rate, checkpoint, self._distil(self.config.stage2, steps))
+        self._train(
+            "stage2", steps, self.config.stage2_learning_rate, checkpoint, self._distil(self.config.stage2, steps)
+        )
 
     def train_reward(
-        self, reward: RewardModel, steps: int, *, held_out: RewardModel | None = None, checkpoint: str | Path | None = None
+        self,
+        reward: RewardModel,
+        steps: int,
+        *,
+        held_out: RewardModel | None = None,
+        checkpoint: str | Path | None = None,
     ) -> None:
         """Raise a reward of the one-jump prediction, held near the teacher by `reward_anchor`.
 
@@ -144,10 +151,7 @@ class MLCMTrainer:
     def train_adversarial(self, steps: int, *, checkpoint: str | Path | None = None) -> None:
         """Stage 4: distribution matching against a fake score, and a discriminator; both begin as the teacher."""
         if self.adversary is None:
-            self.adversary = Adversary(
-                self.network, self.schedule, self.accelerator,
-                lr=self.config.fake_learning_rate, guidance_scale=self.config.guidance_scale, teacher=self.trajectory.teacher,
-            )  # fmt: skip
+            self.adversary = self._make_adversary()
         adversary = self.adversary
 
         def rows(noise: "Draws", step: int) -> Tensor:
@@ -162,6 +166,13 @@ class MLCMTrainer:
             return self.distance(predicted, pairs.target) + self.config.adversarial_weight * pull
 
         self._train("adversarial", steps, self.config.stage2_learning_rate, checkpoint, rows)
+
+    def _make_adversary(self) -> Adversary:
+        with initialised_from(self.config.seed):
+            return Adversary(
+                self.network, self.schedule, self.accelerator,
+                lr=self.config.fake_learning_rate, guidance_scale=self.config.guidance_scale, teacher=self.trajectory.teacher,
+            )  # fmt: skip
 
     def _distil(self, kind: str, steps: int = 0) -> "Callable[[Draws, int], Tensor]":
         def rows(noise: "Draws", step: int) -> Tensor:
@@ -313,7 +324,9 @@ class MLCMTrainer:
             record = json.loads((path / STATE).read_text(encoding="utf-8"))
             config = MLCMConfig(**record["config"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a checkpoint of mlcm ({type(error).__name__})", hint="wrong folder?") from error
+            raise UserError(
+                f"{path} is not a checkpoint of mlcm ({type(error).__name__})", hint="wrong folder?"
+            ) from error
         trainer = cls(teacher, config, conditioner, accelerator, **kwargs)
         trainer.load(path)
         return trainer
@@ -339,10 +352,7 @@ class MLCMTrainer:
         self.progress = {**self.progress, **record["progress"]}
         self.stage, self.optimizer, self._optimizer_state = record["stage"], None, state
         if (path / "adversary.pt").exists():
-            self.adversary = Adversary(
-                self.network, self.schedule, self.accelerator,
-                lr=self.config.fake_learning_rate, guidance_scale=self.config.guidance_scale, teacher=self.trajectory.teacher,
-            )  # fmt: skip
+            self.adversary = self._make_adversary()
             self.adversary.load_state_dict(torch.load(path / "adversary.pt", map_location="cpu", weights_only=True))
 
     @property
@@ -405,4 +415,6 @@ def match_shapes(tensors: dict[str, Tensor], own: dict[str, nn.Parameter], sourc
     ]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise UserError(f"{source} does not fit the network: {'; '.join(wrong[:4])}{more}", hint="same rank and targets?")
+        raise UserError(
+            f"{source} does not fit the network: {'; '.join(wrong[:4])}{more}", hint="same rank and targets?"
+        )

@@ -5,6 +5,7 @@ L = M - s solver steps on a uniform grid from T to t_m: few steps for the noisy 
 number of segments training began with; with fewer segments and fewer steps the states blur and training diverges.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class TrajectoryBank:
         states, prompts = [], []
         for noise, index, condition in batches:
             z, line = noise, [noise]
-            for t, s in zip(milestones, milestones[1:], strict=False):
+            for t, s in itertools.pairwise(milestones):
                 start, end = torch.full_like(index, t), torch.full_like(index, s)
                 z = trajectory.solve(z, start, end, condition, steps=substeps)
                 line.append(z)
@@ -160,10 +161,13 @@ class TrajectoryBank:
             )
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
             raise UserError(
-                f"{folder} is not a trajectory bank ({type(error).__name__}: {error})", hint="write it with mlcm trajectories"
+                f"{folder} is not a trajectory bank ({type(error).__name__}: {error})",
+                hint="write it with mlcm trajectories",
             ) from error
         if bank.states.shape[:2] != (index.get("entries"), len(bank.milestones)):
-            raise UserError(f"{folder} holds states {tuple(bank.states.shape)}, not what its index says", hint="write it again")
+            raise UserError(
+                f"{folder} holds states {tuple(bank.states.shape)}, not what its index says", hint="write it again"
+            )
         if not bank.states.isfinite().all():
             raise UserError(f"{folder} holds numbers that are not finite", hint="write it again")
         return bank
