@@ -181,6 +181,8 @@ def bench(
         int | None, typer.Option(help="Student steps; 1000 on the mixture, 150 on digits.", min=2)
     ] = None,
     guidance_scale: Annotated[float, typer.Option(help="On the mixture.")] = 3.0,
+    batch: Annotated[int, typer.Option(help="Rows a step, on digits.", min=2)] = 64,
+    device: Device = "cpu",
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -192,4 +194,4 @@ def bench(
     if what == "toy":
         emit(bench_toy(iterations or 1000, guidance_scale=guidance_scale, seed=seed), json)
     else:
-        emit(bench_digits(iterations or 150, seed=seed), json)
+        emit(bench_digits(iterations or 150, seed=seed, batch=batch, device=device), json)

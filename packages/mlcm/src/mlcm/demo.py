@@ -113,7 +113,7 @@ def bench_toy(iterations: int, *, guidance_scale: float, seed: int) -> Table:
     return Table("The exact mixture", columns, rows)
 
 
-def bench_digits(iterations: int, *, seed: int) -> Table:
+def bench_digits(iterations: int, *, seed: int, batch: int = 64, device: str = "cpu") -> Table:
     """Ours and LCM on digits, one seed."""
     from mlcm import digits
     from mlcm.metrics import frechet_distance
@@ -122,8 +122,8 @@ def bench_digits(iterations: int, *, seed: int) -> Table:
     labels = torch.randint(0, digits.CLASSES, (500,), generator=generator)
     noise, other = (torch.randn(500, *digits.SHAPE, generator=generator) for _ in range(2))
     truth = world.features(digits.draw_teacher(world, other, labels, 50))
-    ours = digits.distil(world, steps=iterations, seed=seed).student
-    lcm = digits.distil_lcm(world, steps=iterations, seed=seed)
+    ours = digits.distil(world, steps=iterations, seed=seed, batch=batch, device=device)
+    lcm = digits.distil_lcm(world, steps=iterations, seed=seed, batch=batch, device=device)
     rows = []
     for k in (2, 4, 8):
         for name, z in (

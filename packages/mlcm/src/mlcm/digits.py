@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, LCMScheduler, UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional
@@ -133,7 +134,7 @@ def load_world(path: Path = DATA / WEIGHTS) -> DigitWorld:
 
 
 def train_world(
-    *, autoencoder_steps: int = 500, reader_steps: int = 300, network_steps: int = 1200, batch: int = 64, seed: int = 0
+    *, autoencoder_steps: int = 500, reader_steps: int = 300, network_steps: int = 1000, batch: int = 64, seed: int = 0
 ) -> DigitWorld:
     """Train the autoencoder, the reader and the teacher."""
     torch.manual_seed(seed)
@@ -191,18 +192,22 @@ def distil(
     first: float = 0.5,
     batch: int = 64,
     stage2: Literal["joint", "sparse", "progressive"] = "joint",
+    device: str = "cpu",
     **settings: Any,
-) -> MLCMTrainer:
-    """Our student: a LoRA on the teacher. first: share of the steps spent on stage 1."""
+) -> Denoiser:
+    """Our student: a LoRA on the teacher, by the trainer. first: share of the steps spent on stage 1. Returned on the CPU."""
     config = MLCMConfig(
         segments=8, guidance_scale=GUIDANCE, stage2=stage2, lora_rank=RANK, lora_targets=TARGETS, batch_size=batch,
         learning_rate=2e-3, stage2_learning_rate=2e-3, weight_decay=0.0, lr_schedule="cosine", seed=seed, **settings,
     )  # fmt: skip
     network = copy.deepcopy(world.network)
-    trainer = MLCMTrainer(network, config, ClassCondition(CLASSES), schedule=SCHEDULE, bank=make_bank(world, seed=seed))
+    trainer = MLCMTrainer(
+        network, config, ClassCondition(CLASSES), Accelerator(cpu=device == "cpu"),
+        schedule=SCHEDULE, bank=make_bank(world, seed=seed),
+    )  # fmt: skip
     trainer.train_stage1(round(steps * first))
     trainer.train_stage2(steps - round(steps * first))
-    return trainer
+    return Denoiser(network.cpu(), SCHEDULE)
 
 
 def make_bank(world: DigitWorld, *, seed: int, entries: int = 512) -> TrajectoryBank:
@@ -228,25 +233,27 @@ def load_student(world: DigitWorld) -> Denoiser:
     return Denoiser(network.requires_grad_(False), SCHEDULE)
 
 
-def distil_lcm(world: DigitWorld, *, steps: int, seed: int, batch: int = 64) -> Denoiser:
+def distil_lcm(world: DigitWorld, *, steps: int, seed: int, batch: int = 64, device: str = "cpu") -> Denoiser:
     """The peer: latent consistency distillation on real latents, with the same LoRA, steps and rows.
 
     Written here, as no library packages its training. Sampled with diffusers' LCMScheduler.
     """
     pixels, labels = images()
     with torch.no_grad():
-        latents = world.encode(pixels)
-    network, teacher = copy.deepcopy(world.network), world.teacher()
+        latents, labels = world.encode(pixels).to(device), labels.to(device)
+    network, schedule = copy.deepcopy(world.network), SCHEDULE.to(device)
+    teacher = Denoiser(copy.deepcopy(network).to(device), schedule)
     with initialised_from(seed):
         add_lora(network, RANK, targets=TARGETS)
+    network = network.to(device)
     average = copy.deepcopy(network).requires_grad_(False)
-    student, target = Denoiser(network, SCHEDULE), Denoiser(average, SCHEDULE)
-    trajectory = TeacherTrajectory(teacher.guided, SCHEDULE, 8, GUIDANCE)
+    student, target = Denoiser(network, schedule), Denoiser(average, schedule)
+    trajectory = TeacherTrajectory(teacher.guided, schedule, 8, GUIDANCE)
     conditioner, own = ClassCondition(CLASSES), list(trainable(network).values())
     averaged = [p for name, p in average.named_parameters() if "lora_" in name]
     optimizer = torch.optim.AdamW(own, lr=2e-3, weight_decay=0.0)
     plan = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    noise = RowNoise([seeded(seed, 9)], batch)
+    noise = RowNoise([seeded(seed, 9)], batch, device=device)
 
     def f(model: Denoiser, z: Tensor, t: Tensor, condition: Condition) -> Tensor:
         scaled = (t * 10.0).view(-1, 1, 1, 1)
@@ -258,7 +265,7 @@ def distil_lcm(world: DigitWorld, *, steps: int, seed: int, batch: int = 64) -> 
         condition = conditioner(labels[index])
         t = noise.integers(1, 50) * 20 - 1
         n = (t - 20).clamp_min(0)
-        z = SCHEDULE.add_noise(latents[index], noise.normal(*SHAPE), t)
+        z = schedule.add_noise(latents[index], noise.normal(*SHAPE), t)
         neighbour = trajectory.solve(z, t, n, condition)
         with torch.no_grad():
             wanted = f(target, neighbour, n, condition)
@@ -269,7 +276,7 @@ def distil_lcm(world: DigitWorld, *, steps: int, seed: int, batch: int = 64) -> 
         plan.step()
         for a, p in zip(averaged, own, strict=True):
             a.data.lerp_(p.data, 0.05)
-    return student
+    return Denoiser(network.cpu(), SCHEDULE)
 
 
 @torch.no_grad()
