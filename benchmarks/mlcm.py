@@ -5,7 +5,9 @@ method train side by side in one batched network. Equal student iterations and r
 with diffusers' own schedulers; their training, and that of PCM, is written in mlcm.testbed, as no library packages it.
 """
 
+import hashlib
 import statistics
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -20,7 +22,7 @@ from mlcm.testbed import (
     student_points,
     teacher_points,
 )
-from tenfold_shared.claims import Claim, run_benchmark, source_digest, spread
+from tenfold_shared.claims import Claim, run_benchmark, spread
 from tenfold_shared.figures import OURS, PEERS, save, style
 from tenfold_shared.hub import replace_atomically
 
@@ -45,10 +47,18 @@ def references(guidance: float, seeds: tuple[int, ...]) -> list:
 
 
 @cache
+def sources() -> str:
+    """Digest of the modules that training on the mixture runs through."""
+    names = ("distill", "losses", "mixture", "network", "randomness", "sampling", "schedule", "testbed", "trajectory")
+    text = "".join(Path(sys.modules[f"mlcm.{name}"].__file__).read_text(encoding="utf-8") for name in names)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@cache
 def trained(name: str, guidance: float, seeds: tuple[int, ...]) -> Distillation:
     """Train, or take what an interrupted run of the same sources has trained."""
     run = Distillation(mixture(), RECIPES[name], seeds, iterations=ITERATIONS, guidance_scale=guidance)
-    key = f"{name}-{guidance:g}-{ITERATIONS}-{'-'.join(map(str, seeds))}-{source_digest('mlcm')}"
+    key = f"{name}-{guidance:g}-{ITERATIONS}-{'-'.join(map(str, seeds))}-{sources()}"
     kept = RESULTS / ".partial" / "mlcm" / f"{key.replace(' ', '_')}.pt"
     if kept.exists():
         record = torch.load(kept, weights_only=True)
