@@ -194,6 +194,7 @@ def test_bad_input_is_one_line(tiny, tmp_path):
         ["train", "--config", settings(segments=2000), "--device", "cpu", *out], "segments is 2000, expected 1 to 999"
     )
     refused(["train", "--config", settings(), "--stage", "7", *out], "stage is '7'")
+    refused(["train", "--config", settings(), "--device", "cuda:7", *out], "expected auto or cpu")
     refused(["train", "--config", settings(), "--resume", *out], "holds no checkpoint to resume")
     refused(["train", "--config", settings(reward="beauty"), "--stage", "reward", *out], "reward is 'beauty'")
     refused(["train", "--config", settings(loss="latent_lpips"), *out], "latent_lpips")

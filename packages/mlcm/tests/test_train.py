@@ -266,9 +266,18 @@ def test_two_gloo_processes_are_one(small, tmp_path):
         capture_output=True,
         text=True,
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "mlcm", "train"]  # fmt: skip
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "mlcm",
+        "train",
+    ]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
     two = subprocess.run(
         [*launch, "--config", str(small / "two.yaml"), *both, str(tmp_path / "two")],
         capture_output=True,

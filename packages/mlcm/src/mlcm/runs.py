@@ -67,6 +67,10 @@ def train_pipeline(
     config: TrainConfig, output: Path, *, stages: Sequence[str], resume: bool, device: str
 ) -> tuple[Path, bool]:
     """Train the stages in turn. Returns the checkpoint, and whether this is the main process."""
+    if device not in ("auto", "cpu"):
+        raise UserError(
+            f"device is '{device}', expected auto or cpu", hint="accelerate launch chooses among accelerators"
+        )
     texts = read_prompts(config.prompts)
     checkpoint = output / "checkpoint"
     if resume and not (checkpoint / STATE).exists():
@@ -192,11 +196,11 @@ def evaluate_pipeline(
     scorers: dict[str, Any] = {}
     for name in rewards:
         kind, _, source = name.partition("=")
-        scorers[kind] = make_reward(kind, model=source or None, device=str(place))
+        scorers[kind] = _in_parts(make_reward(kind, model=source or None, device=str(place)), place)
     features: Callable[[Tensor], Tensor] = small_pixels
     if clip:
-        scorer = ClipReward(clip)
-        features, scorers = scorer.image_features, {"CLIP score": scorer, **scorers}
+        scorer = ClipReward(clip).to(place)
+        features, scorers = _in_parts(scorer.image_features, place), {"CLIP score": _in_parts(scorer, place), **scorers}
     pipe = load_teacher(model, place)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     # Other seeds than the student's: the same noise would make distances look smaller than they are.
@@ -208,3 +212,15 @@ def evaluate_pipeline(
         lambda k: pipeline_images(pipe, texts, k, guidance_scale=0.0, seed=seed), reference,
         steps=counts, features=features, prompts=texts, rewards=scorers, inception=fid,
     )  # fmt: skip
+
+
+def _in_parts(function: Callable[..., Tensor], device: torch.device, *, batch: int = 16) -> Callable[..., Tensor]:
+    """The function on a device, over images and prompts that wait on the CPU."""
+
+    def run(images: Tensor, *prompts: list[str]) -> Tensor:
+        parts = range(0, len(images), batch)
+        return torch.cat(
+            [function(images[i : i + batch].to(device), *(p[i : i + batch] for p in prompts)).cpu() for i in parts]
+        )
+
+    return run

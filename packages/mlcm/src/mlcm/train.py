@@ -254,14 +254,16 @@ class MLCMTrainer:
 
     def _enter(self, stage: str, lr: float) -> None:
         """A fresh optimiser at the start of a stage; the saved one when a stage goes on."""
-        if self.stage == stage and self.optimizer is not None:
-            return
-        parameters = list(trainable(self.network).values())
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=self.config.weight_decay)
-        if self.stage == stage and self._optimizer_state is not None:
-            optimizer.load_state_dict(self._optimizer_state)
-        self._optimizer_state = None
-        self.stage, self.optimizer = stage, self.accelerator.prepare(optimizer)
+        if self.optimizer is None:
+            parameters = list(trainable(self.network).values())
+            optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=self.config.weight_decay)
+            # Prepared once: accelerate unscales the gradients of every optimiser it has been given.
+            self.optimizer = self.accelerator.prepare(optimizer)
+        if self.stage != stage:
+            self.optimizer.optimizer.state.clear()
+        elif self._optimizer_state is not None:
+            self.optimizer.optimizer.load_state_dict(self._optimizer_state)
+        self.stage, self._optimizer_state = stage, None
 
     def _set_lr(self, lr: float, step: int, steps: int) -> None:
         scale = 0.5 * (1 + math.cos(math.pi * step / steps)) if self.config.lr_schedule == "cosine" else 1.0
@@ -350,7 +352,7 @@ class MLCMTrainer:
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
         self.progress = {**self.progress, **record["progress"]}
-        self.stage, self.optimizer, self._optimizer_state = record["stage"], None, state
+        self.stage, self._optimizer_state = record["stage"], state
         if (path / "adversary.pt").exists():
             self.adversary = self._make_adversary()
             self.adversary.load_state_dict(torch.load(path / "adversary.pt", map_location="cpu", weights_only=True))
