@@ -28,7 +28,7 @@ from tenfold_shared.hub import replace_atomically
 
 PAPER = "2406.05768"
 RESULTS = Path(__file__).parent / "results"
-ITERATIONS = 800
+ITERATIONS = 1000
 EVALUATION = 1000
 """Offset of the evaluation's seeds from those of training."""
 Score = dict[str, list[float]]
