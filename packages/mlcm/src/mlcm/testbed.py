@@ -152,7 +152,7 @@ class Distillation:
         if target in ("lcm", "tcd"):
             return self._real_data(target)
         if target == "joint" and progress >= self.recipe.first:
-            halves = [self._segments(self.segments, self.batch // 2), self._sparse(self.batch // 2)]
+            halves = [self._segments(self.segments, self.batch), self._sparse(self.batch)]
             pairs = interleave(halves, self.student.members)
         elif target == "sparse" and progress >= self.recipe.first:
             pairs = self._sparse(self.batch)
