@@ -89,10 +89,11 @@ class Adversary:
         score = (weight * (self.score.x0(z, t, condition) - predicted).square()).mean()
         apart = functional.softplus(-self._logit(real, condition, noise)).mean()
         apart = apart + functional.softplus(self._logit(predicted, condition, noise)).mean()
+        # The student's own loss has left its gradient in the discriminator.
+        self._optimizer.zero_grad()
         (score + apart).backward()
         self._average_gradients()
         self._optimizer.step()
-        self._optimizer.zero_grad()
 
     def pull(self, predicted: Tensor, condition: Condition, noise: RowNoise) -> Tensor:
         """Loss per row (batch,) whose gradient is (score of fake - score of real) at the noised prediction, plus the
