@@ -65,8 +65,9 @@ def test_build_train_evaluate_tune_convert(world, tmp_path):
     assert [r["scorer"] for r in found] == ["facescore", "sharpness"]
     lines = json.dumps({"images": ["images/face000.png", "images/face001.png"], "rank": [1, 2]})
     (world / "ranks.jsonl").write_text(lines)
-    ranked = json.loads(run("evaluate", "--rankings", world / "ranks.jsonl", "--scorers", "sharpness", "--json"))
-    assert ranked[0]["accuracy"] in (0, 1)
+    ranked = json.loads(run("evaluate", "--rankings", world / "ranks.jsonl", "--scorers", "sharpness", "--detector",
+                            "full-image", "--json"))  # fmt: skip
+    assert ranked[0]["accuracy"] in (0, 1) and ranked[0]["images without a face"] == 0
     tuned = run("tune", "--pipeline", "toy", "--pairs", tmp_path / "pairs", "--steps", 2, "--batch-size", 2, "-o",
                 tmp_path / "lora", "--json")  # fmt: skip
     assert (tmp_path / "lora" / "weights" / "pytorch_lora_weights.safetensors").exists() and json.loads(tuned)[

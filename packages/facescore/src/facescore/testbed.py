@@ -281,6 +281,11 @@ class DrawnFacePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         index = torch.tensor([1 if "house" in p.lower() else 0 for p in prompts])
         return F.one_hot(index, self.unet.config.cross_attention_dim).to(self.unet.dtype)[:, None]
 
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of a side of one latent."""
+        return 2
+
     @staticmethod
     def encode_image(pixels: Tensor) -> Tensor:
         """(n, 3, 16, 16) in [0, 1] to latents (n, 4, 8, 8)."""
