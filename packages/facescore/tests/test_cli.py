@@ -86,11 +86,13 @@ def test_build_train_evaluate_tune_convert(world, tmp_path):
 def test_toy_and_its_recipe(tmp_path):
     assert json.loads(run("toy", "--faces", 2, "-o", tmp_path / "w", "--json"))["pairs"] == 2
     made = json.loads(run("toy", "--rebuild", "--steps", 5, "-o", tmp_path / "a", "--json"))
-    from facescore.testbed import ASSETS
+    from facescore.testbed import ASSETS, RECIPES
     from safetensors.torch import load_file
 
-    new, packaged = load_file(made["written"]), load_file(ASSETS / "base.safetensors")
-    assert {k: t.shape for k, t in new.items()} == {k: t.shape for k, t in packaged.items()}
+    assert list(made) == list(RECIPES)
+    for kind, path in made.items():
+        new, packaged = load_file(path), load_file(ASSETS / f"{kind}.safetensors")
+        assert {k: (t.shape, t.dtype) for k, t in new.items()} == {k: (t.shape, t.dtype) for k, t in packaged.items()}
 
 
 def test_errors_are_one_line_and_exit_2(world, tmp_path):

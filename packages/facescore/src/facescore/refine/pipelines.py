@@ -63,7 +63,9 @@ class Backbone:
     def predict(self, module: nn.Module, z: Tensor, index: Tensor, condition: Condition) -> Tensor:
         """The denoiser's answer for latents at training-time indices (n,). module: `self.module`, or its wrapped self."""
         times = self.schedule.times.to(z.device)[index.to(z.device)]
-        return module(z.to(self.dtype), times, **self.arguments(condition)).sample.to(torch.promote_types(self.dtype, torch.float32))
+        return module(z.to(self.dtype), times, **self.arguments(condition)).sample.to(
+            torch.promote_types(self.dtype, torch.float32)
+        )
 
     def arguments(self, condition: Condition) -> dict[str, Any]:
         return dict(condition)

@@ -398,7 +398,8 @@ class FaceTuner:
             return self._encode([images[i] for i in best], [prompts[i] for i in best])
         assert self.pairs is not None
         parts = [
-            self._encode_pairs(range(start, min(start + 16, len(self.pairs)))) for start in range(0, len(self.pairs), 16)
+            self._encode_pairs(range(start, min(start + 16, len(self.pairs))))
+            for start in range(0, len(self.pairs), 16)
         ]
         good, bad = (torch.cat([part[side] for part in parts]) for side in (0, 1))
         masks = None if any(part[2] is None for part in parts) else torch.cat([part[2] for part in parts])  # type: ignore[misc]
