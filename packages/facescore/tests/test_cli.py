@@ -38,6 +38,23 @@ def test_score(world, tmp_path):
     assert none[0]["score"] is None
 
 
+def test_viz_draws_the_box_and_keeps_names_apart(world, tmp_path):
+    from PIL import Image
+
+    for name in ("a/x.png", "b/x.png", "b/x.bmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (300, 200), "black").save(tmp_path / name)
+    boxes = {"x.png": [[100, 80, 200, 160]], "x.bmp": []}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    run("score", *(tmp_path / n for n in ("a/x.png", "b/x.png", "b/x.bmp")), "--model", world / "reward", "--detector",
+        f"boxes:{tmp_path / 'boxes.json'}", "--viz", tmp_path / "viz")  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "viz").iterdir()) == ["x.2.scored.png", "x.3.scored.png", "x.scored.png"]
+    drawn, none = (Image.open(tmp_path / "viz" / n) for n in ("x.scored.png", "x.3.scored.png"))
+    edges = {drawn.getpixel(p) for p in ((150, 80), (100, 120), (200, 120), (150, 160))}
+    assert edges == {(193, 67, 46)} and drawn.getpixel((150, 120)) == (0, 0, 0) == none.getpixel((150, 80))
+    assert none.getpixel((5, 5)) != (0, 0, 0)  # says that there is no face
+
+
 def test_rank(world):
     images = sorted((world / "images").glob("*.png"))[:3]
     found = json.loads(run("rank", *images, "--model", world / "reward", "--detector", "full-image", "--json"))

@@ -356,10 +356,10 @@ def toy(
     faces: Annotated[int, typer.Option(help="How many faces and pairs are drawn.", min=2)] = 32,
     rebuild: Annotated[
         bool,
-        typer.Option("--rebuild", help="Train the packaged base model again, from nothing, into OUTPUT."),
+        typer.Option("--rebuild", help="Train the packaged base models again, from nothing, into OUTPUT."),
     ] = False,
     steps: Annotated[
-        int | None, typer.Option(help="Of --rebuild: updates of the base model; the recipe's own if unset.")
+        int | None, typer.Option(help="Of --rebuild: updates of each base model; the recipe's own if unset.")
     ] = None,
     seed: Seed = 0,
     json: Json = False,

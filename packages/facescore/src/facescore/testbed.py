@@ -420,8 +420,8 @@ def varied_drawings(n: int, defective: float, *, seed: int) -> tuple[Tensor, lis
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "plain": {"draw": plain_drawings, "channels": (24, 48), "latents": 4, "steps": 1000},
-    "varied": {"draw": varied_drawings, "channels": (40, 80), "latents": 48, "steps": 1200},
+    "plain": {"draw": plain_drawings, "channels": (24, 48), "latents": 4, "steps": 2000},
+    "varied": {"draw": varied_drawings, "channels": (40, 80), "latents": 48, "steps": 1000},
 }
 """The two base models. Both draw bad faces, since most of the faces that they learn from have a defect."""
 
@@ -489,12 +489,14 @@ def base_pipeline(kind: str = "plain") -> DrawnFacePipeline:
     return pipe
 
 
-def rebuild_assets(folder: str | Path, *, steps: int | None = None) -> dict[str, Any]:
+def rebuild_assets(
+    folder: str | Path, *, steps: int | None = None, kinds: Sequence[str] = tuple(RECIPES)
+) -> dict[str, Any]:
     """Train the base models from nothing and write one file each. steps: the recipes' own when not given."""
     from safetensors.torch import save_file
 
     written = {}
-    for kind in RECIPES:
+    for kind in kinds:
         path = Path(folder) / f"{kind}.safetensors"
         pipe = train_pipeline(kind, steps=steps)
         with replace_atomically(path) as partial:
