@@ -402,7 +402,7 @@ class FaceTuner:
             for start in range(0, len(self.pairs), 16)
         ]
         good, bad = (torch.cat([part[side] for part in parts]) for side in (0, 1))
-        masks = None if any(part[2] is None for part in parts) else torch.cat([part[2] for part in parts])  # type: ignore[misc]
+        masks = None if any(part[2] is None for part in parts) else torch.cat([part[2] for part in parts])
         return _Latents(good, bad, masks, self._conditions(self.pairs.prompts), list(self.pairs.ids))
 
     def _encode_pairs(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -420,7 +420,7 @@ class FaceTuner:
             if mask is not None:
                 masks.append(torch.from_numpy(np.array(fit(mask, side, centre), dtype=np.float32) / 255)[None])
         whole = torch.stack(masks) if len(masks) == len(rows) else None
-        return (*(self.backbone.encode_images(images).cpu().float() for images in (good, bad)), whole)  # type: ignore[return-value]
+        return (*(self.backbone.encode_images(images).cpu().float() for images in (good, bad)), whole)
 
     def _encode(self, images: list[Image.Image], prompts: list[str]) -> _Latents:
         """Plain pictures and their prompts."""
