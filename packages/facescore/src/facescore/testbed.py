@@ -375,7 +375,11 @@ def _stack(images: Any) -> Tensor:
 
 
 def new_pipeline(channels: tuple[int, ...] = (24, 48), *, latents: int = 4) -> DrawnFacePipeline:
-    """An untrained `DrawnFacePipeline`: v-prediction, cosine betas. latents: their channels, a key of `FOLD`."""
+    """An untrained `DrawnFacePipeline`, cosine betas. latents: their channels, a key of `FOLD`.
+
+    Plain drawings are denoised by v-prediction. Velocity holds all of the noise, and 48 channels of noise do not fit through
+    a network this narrow; varied drawings are therefore predicted themselves.
+    """
     levels = len(channels) - 1
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -391,7 +395,10 @@ def new_pipeline(channels: tuple[int, ...] = (24, 48), *, latents: int = 4) -> D
         mid_block_type="UNetMidBlock2DCrossAttn",
     )
     scheduler = DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=True, timestep_spacing="trailing"
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction" if latents == 4 else "sample",
+        clip_sample=True,
+        timestep_spacing="trailing",
     )
     return DrawnFacePipeline(unet, scheduler)
 
@@ -464,7 +471,8 @@ def _learn(pipe: DrawnFacePipeline, pixels: Tensor, prompts: list[str], batch: i
         x = pipe.encode_image(pixels[rows])
         noise, t = torch.randn_like(x), torch.randint(0, 1000, (batch,))
         predicted = unet(scheduler.add_noise(x, noise, t), t, condition[rows]).sample
-        loss = F.mse_loss(predicted, scheduler.get_velocity(x, noise, t))
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        loss = F.mse_loss(predicted, scheduler.get_velocity(x, noise, t) if velocity else x)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
