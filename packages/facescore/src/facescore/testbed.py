@@ -342,8 +342,8 @@ class DrawnFacePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             times = times[len(times) - max(1, round(strength * len(times))) :]
             latents = self.scheduler.add_noise(known, noise, times[:1].expand(len(known)))
         for t in times:
-            velocity = self.unet(latents, t, condition).sample
-            latents = self.scheduler.step(velocity, t, latents).prev_sample
+            predicted = self.unet(latents, t, condition).sample
+            latents = self.scheduler.step(predicted, t, latents).prev_sample
             if known is not None:
                 before = t - self.scheduler.config.num_train_timesteps // num_inference_steps
                 again = known if before < 0 else self.scheduler.add_noise(known, noise, before.expand(len(known)))
