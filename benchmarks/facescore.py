@@ -318,11 +318,11 @@ def varied_untuned(seed: int) -> RewardModel:
     return generic_reward(varied_reward(seed), pictures, seed=seed, steps=25)
 
 
-def varied_scorers(seed: int, pairs: TensorPairs) -> dict[str, object]:
+def varied_scorers(seed: int, pairs: TensorPairs, **changes: float) -> dict[str, object]:
     """All scorers of varied faces; the tuned one learns from the pairs and starts where the untuned one is."""
     untuned, tuned = varied_untuned(seed), varied_reward(seed)
     tuned.load_state_dict(untuned.state_dict())
-    RewardTrainer(tuned, pairs, RewardConfig(**VARIED_TRAINING, seed=seed)).train()
+    RewardTrainer(tuned, pairs, RewardConfig(**{**VARIED_TRAINING, **changes}, seed=seed)).train()
     clean = world.to_pil(varied_pairs(400, 90).win)
     values = (
         reward_scorer(tuned), reward_scorer(untuned), sharpness, NaturalStatistics(clean),
@@ -337,7 +337,7 @@ def reward_on_varied_inpainted(seeds: list[int]) -> list[Claim]:
     drawn: dict[str, list[float]] = {n: [] for n in VARIED_NAMES}
     strengths: list[dict[float, float]] = []
     for seed in seeds:
-        scorers = varied_scorers(seed, varied_inpainted(1400, 21))
+        scorers = varied_scorers(seed, varied_inpainted(1400, 21), max_steps=300, noise=0.5)
         for result in evaluate(varied_inpainted(100, 70 + seed), scorers):
             repainted[result.name].append(result.accuracy)
             if result.name == "tuned":
@@ -535,7 +535,7 @@ def reward_on_real(seeds: list[int]) -> list[Claim]:
 
 # --- Refining the tiny diffusion model ---------------------------------------------------------------------------------
 
-COUNTS = (5, 10, 20, 40, 80)
+COUNTS = (5, 10, 20, 40)
 METHODS = {
     "sft": ("sft", {}),
     "guidance x0": ("guidance", {"outside_weight": 0.2}),
