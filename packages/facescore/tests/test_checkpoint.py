@@ -79,6 +79,37 @@ def test_missing_extra_and_ill_shaped_keys_are_listed(state):
         from_official({**state, "mlp.layers.7.bias": torch.tensor([float("nan")])}, **HEADS)
 
 
+@pytest.mark.parametrize(
+    ("name", "folder", "weights"),
+    [
+        ("AIGCer-OPPO/FaceScore", "", "FS_model.pt"),
+        ("OPPOer/FaceScore", "FaceScore_model", "FS_model.pt"),
+        ("THUDM/ImageReward", "", "ImageReward.pt"),
+        ("someone/converted", "", "model.safetensors"),
+    ],
+)
+def test_hub_layouts(name, folder, weights, make_reward, tmp_path, monkeypatch):
+    """A cache as huggingface_hub keeps it, filled with a small model in the published layouts."""
+    import huggingface_hub.constants
+
+    repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / "abc"
+    model = make_reward(vision_width=64, vision_heads=1, text_width=64, text_heads=1)  # 64 wide heads, as published
+    layout = "safetensors" if weights.endswith("safetensors") else "official"
+    saved = save_reward(model, tmp_path / "made", layout=layout)
+    (snapshot / folder).mkdir(parents=True)
+    for file in saved.parent.iterdir():
+        if file.name in (saved.name, "med_config.json" if layout == "official" else "config.json"):
+            file.rename(snapshot / folder / (weights if file == saved else file.name))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    loaded = load_reward(name)
+    assert same({k: v.detach() for k, v in official_state(loaded).items()}, official_state(model))
+    pixels, ids = torch.randn(2, 3, 16, 16), [list(model.config.prompt_ids)] * 2
+    torch.testing.assert_close(loaded(pixels, ids), model(pixels, ids), rtol=1e-5, atol=1e-6)
+
+
 class Unsafe:
     def __reduce__(self):
         return print, ("executed",)

@@ -38,6 +38,23 @@ def test_score(world, tmp_path):
     assert none[0]["score"] is None
 
 
+def test_viz_draws_the_box_and_keeps_names_apart(world, tmp_path):
+    from PIL import Image
+
+    for name in ("a/x.png", "b/x.png", "b/x.bmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (300, 200), "black").save(tmp_path / name)
+    boxes = {"x.png": [[100, 80, 200, 160]], "x.bmp": []}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    run("score", *(tmp_path / n for n in ("a/x.png", "b/x.png", "b/x.bmp")), "--model", world / "reward", "--detector",
+        f"boxes:{tmp_path / 'boxes.json'}", "--viz", tmp_path / "viz")  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "viz").iterdir()) == ["x.2.scored.png", "x.3.scored.png", "x.scored.png"]
+    drawn, none = (Image.open(tmp_path / "viz" / n) for n in ("x.scored.png", "x.3.scored.png"))
+    edges = {drawn.getpixel(p) for p in ((150, 80), (100, 120), (200, 120), (150, 160))}
+    assert edges == {(193, 67, 46)} and drawn.getpixel((150, 120)) == (0, 0, 0) == none.getpixel((150, 80))
+    assert none.getpixel((5, 5)) != (0, 0, 0)  # says that there is no face
+
+
 def test_rank(world):
     images = sorted((world / "images").glob("*.png"))[:3]
     found = json.loads(run("rank", *images, "--model", world / "reward", "--detector", "full-image", "--json"))
@@ -65,8 +82,9 @@ def test_build_train_evaluate_tune_convert(world, tmp_path):
     assert [r["scorer"] for r in found] == ["facescore", "sharpness"]
     lines = json.dumps({"images": ["images/face000.png", "images/face001.png"], "rank": [1, 2]})
     (world / "ranks.jsonl").write_text(lines)
-    ranked = json.loads(run("evaluate", "--rankings", world / "ranks.jsonl", "--scorers", "sharpness", "--json"))
-    assert ranked[0]["accuracy"] in (0, 1)
+    ranked = json.loads(run("evaluate", "--rankings", world / "ranks.jsonl", "--scorers", "sharpness", "--detector",
+                            "full-image", "--json"))  # fmt: skip
+    assert ranked[0]["accuracy"] in (0, 1) and ranked[0]["images without a face"] == 0
     tuned = run("tune", "--pipeline", "toy", "--pairs", tmp_path / "pairs", "--steps", 2, "--batch-size", 2, "-o",
                 tmp_path / "lora", "--json")  # fmt: skip
     assert (tmp_path / "lora" / "weights" / "pytorch_lora_weights.safetensors").exists() and json.loads(tuned)[
@@ -85,11 +103,13 @@ def test_build_train_evaluate_tune_convert(world, tmp_path):
 def test_toy_and_its_recipe(tmp_path):
     assert json.loads(run("toy", "--faces", 2, "-o", tmp_path / "w", "--json"))["pairs"] == 2
     made = json.loads(run("toy", "--rebuild", "--steps", 5, "-o", tmp_path / "a", "--json"))
-    from facescore.testbed import ASSETS
+    from facescore.testbed import ASSETS, RECIPES
     from safetensors.torch import load_file
 
-    new, packaged = load_file(made["written"]), load_file(ASSETS / "base.safetensors")
-    assert {k: t.shape for k, t in new.items()} == {k: t.shape for k, t in packaged.items()}
+    assert list(made) == list(RECIPES)
+    for kind, path in made.items():
+        new, packaged = load_file(path), load_file(ASSETS / f"{kind}.safetensors")
+        assert {k: (t.shape, t.dtype) for k, t in new.items()} == {k: (t.shape, t.dtype) for k, t in packaged.items()}
 
 
 def test_errors_are_one_line_and_exit_2(world, tmp_path):

@@ -3,10 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from facescore import TensorPairs, evaluate, evaluate_rankings, reward_scorer
+from facescore import (
+    ImageRewardModel,
+    PairDataset,
+    TensorPairs,
+    WholeImages,
+    evaluate,
+    evaluate_rankings,
+    reward_scorer,
+)
+from facescore.detectors import Detection
 from facescore.evaluation.baselines import Eigenfaces, NaturalStatistics, sharpness
 from facescore.evaluation.statistics import bradley_terry, correct, paired_bootstrap, rank_correlations, roc_auc, wilson
 from facescore.pairs.dataset import Ranking
+from facescore.testbed import write_world
 from PIL import Image, ImageFilter
 from scipy.stats import binomtest, kendalltau, spearmanr
 from tenfold_shared.errors import UserError
@@ -95,7 +105,59 @@ def test_rankings(picture, tmp_path):
         Image.new("RGB", (8, 8), (level,) * 3).save(tmp_path / f"{i}.png")
         files.append(str(tmp_path / f"{i}.png"))
     bright = lambda images: [np.asarray(i).mean() for i in images]  # noqa: E731
-    assert evaluate_rankings([Ranking("", files, [1, 2, 2])], bright)["accuracy"] == 1
-    assert evaluate_rankings([Ranking("", files, [1, 2, 3])], bright) == {"accuracy": 1, "kendall": 1, "spearman": 1}
+    full = {"detector": "full-image"}
+    assert evaluate_rankings([Ranking("", files, [1, 2, 2])], bright, **full)["accuracy"] == 1
+    assert evaluate_rankings([Ranking("", files, [3, 2, 1])], bright, **full)["kendall"] == -1
+    assert evaluate_rankings([Ranking("", files, [1, 2, 3])], bright, **full) == {
+        "accuracy": 1, "kendall": 1, "spearman": 1, "left_out": 0,
+    }  # fmt: skip
     with pytest.raises(UserError, match="no strict"):
-        evaluate_rankings([Ranking("", files, [1, 1, 1])], bright)
+        evaluate_rankings([Ranking("", files, [1, 1, 1])], bright, **full)
+    with pytest.raises(UserError, match="with a face"):
+        evaluate_rankings([Ranking("", files, [1, 2, 3])], bright)  # the cascade finds no face in them
+
+
+class ByName:
+    """Two faces where the picture is wide; none in a grey one."""
+
+    calibrated = True
+
+    def detect(self, image):
+        if image.getpixel((0, 0)) == (128, 128, 128):
+            return []
+        return [Detection((2, 2, 6, 6)), Detection((10, 1, 19, 9), 0.95), Detection((0, 0, 20, 10), 0.3)]
+
+
+def test_crops_get_the_largest_face_and_whole_images_their_prompt(reward, tmp_path):
+    files = []
+    for i, colour in enumerate(((10, 200, 10), (200, 10, 10), (128, 128, 128))):
+        Image.new("RGB", (20, 10), colour).save(tmp_path / f"{i}.png")
+        files.append(str(tmp_path / f"{i}.png"))
+    ranking = Ranking("a face.", files, [1, 2, 3])
+    seen = []
+
+    def crop_scorer(images):
+        seen.extend(i.size for i in images)
+        return list(range(len(images), 0, -1))
+
+    found = evaluate_rankings([ranking], crop_scorer, detector=ByName())
+    assert seen == [(11, 10), (11, 10)] and found["left_out"] == 1 and found["accuracy"] == 1
+    model = ImageRewardModel(reward)
+    whole = evaluate_rankings([ranking], WholeImages(model), detector=ByName())
+    a, b = model.score("a face.", files[:2])
+    assert whole["accuracy"] == float(a > b)
+
+
+def test_whole_images_of_pairs_are_scored_under_their_prompts(make_reward, tmp_path):
+    write_world(tmp_path, 3)
+    pairs = PairDataset.read(tmp_path / "pairs")
+
+    class Words:
+        def __call__(self, prompts, **options):
+            return {"input_ids": [[2, 5 + len(p) % 3, 3] for p in prompts]}
+
+    model = ImageRewardModel(make_reward(), Words())
+    crops, whole = evaluate(pairs, {"crops": reward_scorer(model.model), "whole": WholeImages(model)})
+    wins = [pairs.images(i)[0] for i in range(3)]
+    np.testing.assert_allclose(whole.win, model.score(pairs.prompts, wins), atol=1e-6)
+    assert np.abs(whole.win - crops.win).min() > 1e-4

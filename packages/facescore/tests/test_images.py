@@ -62,19 +62,30 @@ def test_differentiable_crop_is_near_and_has_a_gradient():
 def test_every_mode_becomes_rgb(picture, tmp_path):
     for mode, name in (("RGB", "a.png"), ("RGBA", "b.png"), ("L", "c.png"), ("LA", "d.png"), ("CMYK", "e.jpg")):
         assert open_image(picture(name, mode=mode)).mode == "RGB"
+    Image.new("CMYK", (9, 9), (0, 255, 255, 0)).save(tmp_path / "red.jpg", quality=95)
+    red, green, blue = open_image(tmp_path / "red.jpg").getpixel((4, 4))
+    assert red > 200 and green < 60 and blue < 60
+    assert open_image(Image.new("L", (2, 2), 77)).getpixel((0, 0)) == (77, 77, 77)
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     assert open_image(clear).getpixel((0, 0)) == (255, 255, 255)
     deep = Image.fromarray(np.full((4, 4), 257 * 100, dtype=np.uint16))
     deep.save(tmp_path / "deep.png")
     assert open_image(tmp_path / "deep.png").getpixel((0, 0)) == (100, 100, 100)
+    Image.fromarray(np.full((4, 4), 200, dtype=np.uint16)).save(tmp_path / "dark.tif")
+    assert open_image(tmp_path / "dark.tif").getpixel((0, 0)) == (1, 1, 1)  # dark in 16 bits, not bright in 8
+    assert open_image(Image.fromarray(np.full((4, 4), 0.4, dtype=np.float32))).getpixel((0, 0)) == (102, 102, 102)
+    with pytest.raises(ImageError, match="NaN"):
+        open_image(Image.fromarray(np.full((4, 4), np.nan, dtype=np.float32)))
 
 
 def test_exif_rotation(tmp_path):
     image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (0, 0, 10, 20))
     exif = image.getexif()
     exif[274] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (20, 40)
+    turned = open_image(tmp_path / "turned.jpg")
+    assert turned.size == (20, 40) and turned.getpixel((10, 2))[2] > 200 and turned.getpixel((10, 37))[0] > 200
 
 
 def test_arrays_and_tensors():
@@ -92,6 +103,8 @@ def test_unreadable_images_are_named(picture, tmp_path):
     for name in ("cut.png", "empty.png", "text.png", "moving.gif", "nowhere.png"):
         with pytest.raises(ImageError, match=name):
             open_image(tmp_path / name)
+    with pytest.raises(ImageError, match=r"cut\.png.*damaged"):
+        open_image(Image.open(tmp_path / "cut.png"))  # PIL has read the header only
     for bad, text in (
         (torch.full((3, 2, 2), float("nan")), "NaN"), (torch.full((3, 2, 2), 7.0), "expected \\[0, 1\\]"),
         (np.zeros((2, 2, 2), np.uint8), "channels"), (np.zeros(3, np.uint8), "shape"), (7, "int"),

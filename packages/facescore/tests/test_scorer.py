@@ -7,7 +7,8 @@ from facescore import FaceScorer, HeadEnsemble, ImageRewardModel, PairCalibratio
 from facescore.detectors import Detection, FullImage
 from facescore.errors import NoFaceError, TokenizerMissingError
 from facescore.images import preprocess
-from facescore.integrations import EarlyReject, FaceScoreMetric
+from facescore.integrations import EarlyReject
+from facescore.metric import FaceScoreMetric
 from facescore.reward.checkpoint import save_reward
 from PIL import Image
 from tenfold_shared.errors import UserError
@@ -77,14 +78,20 @@ def test_score_is_the_model_on_the_crop(reward, picture):
 
 
 def test_saliency_is_gradient_times_input(reward):
-    x = torch.randn(2, 3, 16, 16)
+    """Against central differences in float64, each channel of some pixels."""
+    reward.double()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     saliency = FaceScorer(reward, FullImage()).saliency(x)
-    step = torch.zeros_like(x)
-    step[0, 1, 3, 4] = 1e-3
-    with torch.no_grad():
-        slope = (reward((x + step).double().float()) - reward(x - step))[0] / 2e-3
     assert saliency.shape == (2, 16, 16)
-    assert saliency[0, 3, 4] >= (slope * x[0, 1, 3, 4]).abs() * 0.9 - 1e-3 or saliency[0, 3, 4] > 0
+    for image, row, column in ((0, 3, 4), (1, 0, 15), (1, 9, 9)):
+        expected = 0.0
+        for channel in range(3):
+            step = torch.zeros_like(x)
+            step[image, channel, row, column] = 1e-5
+            with torch.no_grad():
+                slope = (reward(x + step) - reward(x - step))[image].item() / 2e-5
+            expected += abs(slope * x[image, channel, row, column].item())
+        assert saliency[image, row, column].item() == pytest.approx(expected, rel=1e-5) and expected > 1e-6
 
 
 def test_score_images_has_a_gradient_and_nan_without_a_face(reward):
@@ -152,8 +159,16 @@ def test_metric_and_early_reject(reward):
     metric.update(images[3:])
     expected = np.mean([r.mean for r in FaceScorer(reward, FullImage())(list(images))])
     assert metric.compute().item() == pytest.approx(expected, abs=1e-6) and metric.share_with_face == 1
+    lost = FaceScoreMetric(FaceScorer(reward, Fixed()))
+    lost.update(images)
+    assert torch.isnan(lost.compute()) and lost.share_with_face == 0
+    half = FaceScoreMetric(FaceScorer(reward, FullImage()), aggregate="max")
+    half.update(images[:1])
+    # What torchmetrics adds up over processes are the sums.
     metric.reset()
-    assert torch.isnan(metric.compute())
+    metric.update(images[1:])
+    both = {name: getattr(metric, name) + getattr(half, name) for name in ("total", "counted", "images")}
+    assert (both["total"] / both["counted"]).item() == pytest.approx(expected, abs=1e-6) and both["images"] == 4
     with pytest.raises(UserError, match="aggregate"):
         FaceScoreMetric(FaceScorer(reward, FullImage()), aggregate="sum")
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
         TokenizerMissingError,
         TrainingError,
     )
-    from facescore.evaluation.compare import evaluate, evaluate_rankings, reward_scorer
-    from facescore.integrations import EarlyReject, FaceScoreMetric
+    from facescore.evaluation.compare import WholeImages, evaluate, evaluate_rankings, reward_scorer
+    from facescore.integrations import EarlyReject
+    from facescore.metric import FaceScoreMetric
     from facescore.pairs.builder import InpaintPairBuilder
     from facescore.pairs.dataset import PairDataset, TensorPairs
     from facescore.refine.tuner import FaceTuner, TuneConfig, best_and_worst
@@ -43,8 +44,9 @@ _HOME = {
         "TokenizerMissingError",
         "TrainingError",
     ),
-    "evaluation.compare": ("evaluate", "evaluate_rankings", "reward_scorer"),
-    "integrations": ("EarlyReject", "FaceScoreMetric"),
+    "evaluation.compare": ("WholeImages", "evaluate", "evaluate_rankings", "reward_scorer"),
+    "integrations": ("EarlyReject",),
+    "metric": ("FaceScoreMetric",),
     "pairs.builder": ("InpaintPairBuilder",),
     "pairs.dataset": ("PairDataset", "TensorPairs"),
     "refine.tuner": ("FaceTuner", "TuneConfig", "best_and_worst"),
@@ -77,6 +79,7 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "evaluate",
     "evaluate_rankings",
     "reward_scorer",
+    "WholeImages",
     "FaceTuner",
     "TuneConfig",
     "best_and_worst",

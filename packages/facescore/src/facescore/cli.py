@@ -53,8 +53,10 @@ def score(
     if viz is not None:
         from facescore.visual import draw_result
 
-        for path, result in zip(images, results, strict=True):
-            draw_result(path, result, viz / f"{path.stem}.scored.png")
+        stems = [path.stem for path in images]
+        for i, (path, result) in enumerate(zip(images, results, strict=True)):
+            alike = stems[:i].count(path.stem)  # a.png and a.jpg, or one name in two folders
+            draw_result(path, result, viz / f"{path.stem}{f'.{alike + 1}' if alike else ''}.scored.png")
     columns = ["image", "face", "score", "x1", "y1", "x2", "y2", "confidence"]
     rows: list[list[object]] = []
     for path, result in zip(images, results, strict=True):
@@ -207,8 +209,13 @@ def evaluate(
     pairs: Annotated[Path | None, typer.Option(help="Pair folder or pairs.jsonl.")] = None,
     rankings: Annotated[Path | None, typer.Option(help="Human rankings: lines of prompt, images, rank.")] = None,
     scorers: Annotated[
-        str, typer.Option(help="NAME or NAME=MODEL of facescore, imagereward, sharpness, eigenfaces, natural.")
+        str,
+        typer.Option(
+            help="NAME or NAME=MODEL of facescore (face crops), imagereward (whole images under their prompts), "
+            "sharpness, eigenfaces, natural."
+        ),
     ] = "facescore,sharpness",
+    detector: Annotated[str, typer.Option(help="Of the faces of --rankings; as in score.")] = "skimage-lbp",
     clean: Annotated[Path | None, typer.Option(help="Folder of good faces, for eigenfaces and natural.")] = None,
     json: Json = False,
 ) -> None:
@@ -226,8 +233,9 @@ def evaluate(
     names = [name if short.count(name) == 1 else text for name, text in zip(short, asked, strict=True)]
     built: dict[str, Scorer] = {name: _scorer(text, clean) for name, text in zip(names, asked, strict=True)}
     if ranked is not None:
-        rows = [[name, *evaluate_rankings(ranked, s).values()] for name, s in built.items()]
-        emit(Table(f"{len(ranked)} rankings", ["scorer", "accuracy", "kendall", "spearman"], rows), json)
+        rows = [[name, *evaluate_rankings(ranked, s, detector=detector).values()] for name, s in built.items()]
+        columns = ["scorer", "accuracy", "kendall", "spearman", "images without a face"]
+        emit(Table(f"{len(ranked)} rankings", columns, rows), json)
         return
     assert data is not None
     found = []
@@ -259,7 +267,15 @@ def tune(
     lr: float = 1e-4,
     batch_size: int = 4,
     lora_rank: Annotated[int, typer.Option(help="0 trains every weight.")] = 8,
+    resolution: Annotated[int | None, typer.Option(help="Side of the pictures; the pipeline's own if unset.")] = None,
     beta: Annotated[float, typer.Option(help="Of dpo.")] = 2000.0,
+    max_drift: Annotated[
+        float | None, typer.Option(help="Of dpo: stop when the winners' error exceeds this multiple of the start's.")
+    ] = None,
+    general: Annotated[
+        Path | None, typer.Option(help="Folder of other images and prompts, whose loss keeps general quality.")
+    ] = None,
+    general_weight: Annotated[float, typer.Option(help="Of the loss on --general.")] = 1.0,
     model: Annotated[str, typer.Option(help="Reward model; for refl and filter.")] = OFFICIAL,
     detector: DetectorName = "skimage-lbp",
     prompts: Annotated[Path | None, typer.Option(help="Text file of prompts; for refl and filter.")] = None,
@@ -272,21 +288,33 @@ def tune(
 ) -> None:
     """Refine a diffusion model; the result loads with `pipe.load_lora_weights(OUTPUT/weights)`."""
     from facescore.pairs.dataset import PairDataset
-    from facescore.refine.tuner import FaceTuner, TuneConfig
+    from facescore.refine.tuner import METHODS, FaceTuner, TuneConfig
 
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}, expected one of {', '.join(METHODS)}")
     config = TuneConfig(
         steps=steps,
         lr=lr,
         batch_size=batch_size,
         lora_rank=lora_rank or None,
         target=target,
+        resolution=resolution,
         beta=beta,
+        max_drift=max_drift,
+        general_weight=general_weight if general is not None else 0.0,
         save_every=save_every,
         mixed_precision=mixed_precision,
         seed=seed,
     )
     data = PairDataset.read(pairs) if pairs is not None else None
     asked = prompts.read_text(encoding="utf-8").split("\n") if prompts is not None else None
+    plain = None
+    if general is not None:
+        from facescore.images import open_image
+        from facescore.pairs.builder import read_images
+
+        items = read_images(general)
+        plain = ([open_image(item["image"]) for item in items], [item["prompt"] for item in items])
     scorer = None
     if method in ("refl", "filter"):
         from facescore.reward.scorer import FaceScorer
@@ -299,6 +327,7 @@ def tune(
         config=config,
         scorer=scorer,
         prompts=[p for p in asked if p.strip()] if asked is not None else None,
+        general=plain,
         output=output,
     )
     tuner.train(resume=resume)
@@ -327,10 +356,10 @@ def toy(
     faces: Annotated[int, typer.Option(help="How many faces and pairs are drawn.", min=2)] = 32,
     rebuild: Annotated[
         bool,
-        typer.Option("--rebuild", help="Train the packaged base model again, from nothing, into OUTPUT."),
+        typer.Option("--rebuild", help="Train the packaged base models again, from nothing, into OUTPUT."),
     ] = False,
     steps: Annotated[
-        int | None, typer.Option(help="Of --rebuild: updates of the base model; the recipe's own if unset.")
+        int | None, typer.Option(help="Of --rebuild: updates of each base model; the recipe's own if unset.")
     ] = None,
     seed: Seed = 0,
     json: Json = False,
@@ -369,14 +398,17 @@ def _pipeline(name: str, device: str, inpaint: bool = False):  # type: ignore[no
 
 def _scorer(text: str, clean: Path | None):  # type: ignore[no-untyped-def]
     from facescore.evaluation.baselines import Eigenfaces, NaturalStatistics, sharpness
-    from facescore.evaluation.compare import reward_scorer
+    from facescore.evaluation.compare import WholeImages, reward_scorer
     from facescore.images import open_image
     from facescore.pairs.builder import read_images
     from facescore.reward.checkpoint import load_reward
+    from facescore.reward.scorer import ImageRewardModel
 
     name, _, path = text.partition("=")
-    if name in ("facescore", "imagereward"):
-        return reward_scorer(load_reward(path or (OFFICIAL if name == "facescore" else IMAGE_REWARD)))
+    if name == "facescore":
+        return reward_scorer(load_reward(path or OFFICIAL))
+    if name == "imagereward":
+        return WholeImages(ImageRewardModel.from_pretrained(path or IMAGE_REWARD))
     if name == "sharpness":
         return sharpness
     if name in ("eigenfaces", "natural"):

@@ -31,7 +31,7 @@ from facescore.testbed import (
 
 
 def run(
-    output: Path, seed: int, *, pairs: int = 192, reward_steps: int = 120, tune_steps: int = 20, samples: int = 64
+    output: Path, seed: int, *, pairs: int = 512, reward_steps: int = 250, tune_steps: int = 20, samples: int = 64
 ) -> Table:
     """Run the demo; returns the table and leaves `summary.json`, `ranking.png` and `samples.png` in `output`."""
     templates, pipe = Templates.all(), base_pipeline()
@@ -40,7 +40,7 @@ def run(
     reward = plain_reward()
     config = RewardConfig(
         lr=1e-3, epochs=999, max_steps=reward_steps, batch_size=32, fix_rate=0.0, validation=0.12, evaluate_every=20,
-        noise=0.12, dropout=False, warmup=10, l2_reward=1e-3, seed=seed,
+        noise=1.2, dropout=False, warmup=10, l2_reward=1e-3, seed=seed,
     )  # fmt: skip
     report = RewardTrainer(reward, made, config).train()
     before = _sample(pipe, PROMPTS[0], samples, seed)

@@ -109,7 +109,7 @@ class FacenetMTCNN:
             return []
         return _sorted(
             [
-                Detection(_box(b), float(p), tuple((float(x), float(y)) for x, y in marks))
+                Detection(to_box(b), float(p), tuple((float(x), float(y)) for x, y in marks))
                 for b, p, marks in zip(boxes, confidences, points, strict=True)
             ]
         )
@@ -180,7 +180,7 @@ class Boxes:
                 raise InvalidBoxError(f"box file '{path}' is not JSON ({error})") from error
         if not isinstance(boxes, Mapping):
             raise InvalidBoxError("a box file is an object from file name to a list of [x1, y1, x2, y2]")
-        self._boxes = {str(name): [_box(b) for b in found] for name, found in boxes.items()}
+        self._boxes = {str(name): [to_box(b) for b in found] for name, found in boxes.items()}
 
     def detect(self, image: Image.Image) -> list[Detection]:
         name = str(image.info.get("facescore_source", ""))
@@ -218,7 +218,8 @@ def make_detector(detector: "str | Detector") -> Detector:
     raise UserError(f"detector is {detector!r}, expected one of {', '.join(NAMES)}")
 
 
-def _box(values: Any) -> Box:
+def to_box(values: Any) -> Box:
+    """Four numbers as a box. Raises InvalidBoxError."""
     try:
         x1, y1, x2, y2 = (float(v) for v in values)
     except (TypeError, ValueError) as error:

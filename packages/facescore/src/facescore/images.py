@@ -38,7 +38,12 @@ def open_image(image: Any) -> Image.Image:
     if isinstance(image, str | Path):
         return _from_file(Path(image))
     if isinstance(image, Image.Image):
-        return _to_rgb(image, "the image")
+        name = str(getattr(image, "filename", "") or "the image")
+        try:
+            image.load()  # an opened file is read only now
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ImageError(f"'{name}' is damaged ({error})", hint="save it again") from error
+        return _to_rgb(image, name)
     if isinstance(image, Tensor):
         return _from_floats(image.detach().float().cpu().numpy())
     if isinstance(image, np.ndarray):
@@ -75,9 +80,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(f"{name} is empty")
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
-        # PIL clips instead of scaling when it converts 16 bits to 8.
-        deep = image.mode.startswith("I") and values.max() > 255
-        return Image.fromarray((values / (257 if deep else 1)).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+        if not np.isfinite(values).all():
+            raise ImageError(f"{name} holds NaN or infinity")
+        # PIL clips instead of scaling when it converts 16 bits to 8; mode "I" may hold either.
+        deep = image.mode.startswith("I;16") or values.max() > 255
+        scale = 257 if deep else 1 if image.mode.startswith("I") or values.max() > 1 else 1 / 255
+        return Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -1,52 +1,10 @@
-"""FaceScore inside other libraries' loops: a metric with torchmetrics' calls, and a diffusers step callback."""
+"""FaceScore inside diffusers' sampling loop."""
 
 from typing import Any
 
 import torch
-from tenfold_shared.errors import UserError
 
 from facescore.reward.scorer import FaceScorer
-
-
-class FaceScoreMetric:
-    """The mean face score of generated images, with torchmetrics' `update`, `compute` and `reset`.
-
-    aggregate: how the faces of one image become a number (max, min, mean or area_weighted). Images without a face do not
-    count; `share_with_face` tells how many had one.
-    """
-
-    higher_is_better = True
-
-    def __init__(self, scorer: FaceScorer, *, aggregate: str = "mean"):
-        if aggregate not in ("max", "min", "mean", "area_weighted"):
-            raise UserError(f"aggregate is {aggregate!r}, expected max, min, mean or area_weighted")
-        self.scorer, self.aggregate = scorer, aggregate
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all images."""
-        self.total, self.faces, self.images = 0.0, 0, 0
-
-    def update(self, images: Any) -> None:
-        """images: as `FaceScorer` takes them; a batch tensor (n, 3, H, W) is n images."""
-        results = self.scorer(list(images))
-        self.images += len(results)
-        for result in results:
-            value = getattr(result, self.aggregate)
-            if value is not None:
-                self.total, self.faces = self.total + value, self.faces + 1
-
-    def compute(self) -> torch.Tensor:
-        """The mean as a scalar tensor; NaN before any face was seen."""
-        return torch.tensor(self.total / self.faces if self.faces else float("nan"))
-
-    @property
-    def share_with_face(self) -> float:
-        return self.faces / self.images if self.images else float("nan")
-
-    def __call__(self, images: Any) -> torch.Tensor:
-        self.update(images)
-        return self.compute()
 
 
 class EarlyReject:

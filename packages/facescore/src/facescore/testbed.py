@@ -1,4 +1,4 @@
-"""The offline world: drawn faces with known defects, a tiny diffusion model of them, and a judge that is exact.
+"""The offline world: drawn faces with known defects, tiny diffusion models of them, and a judge that is exact.
 
 There are two kinds of drawings. *Varied* faces, 32 x 32 in colour, test the reward: scale (+-20 %), position, rotation
 (+-20 degrees), colours of skin, hair and background, hair shape, glasses, light from one side and clutter are chosen so that
@@ -10,6 +10,7 @@ for faces must leave alone.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -264,11 +265,15 @@ def plain_box(place: int) -> Box:
     return 1.0 + right, float(down), 14.0 + right, 15.0 + down
 
 
-class DrawnFacePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
-    """Text to image and inpainting of plain drawings, with the calling convention of diffusers' own pipelines.
+FOLD = {4: 2, 48: 4}
+"""Channels of the latents to the side of the pixel blocks that are folded into them: grey 2 x 2, or three colours 4 x 4."""
 
-    There is no VAE: the latents are the grey pixels in [-1, 1], 2 x 2 blocks folded into channels, (n, 4, 8, 8). A prompt
-    is one token, one-hot over `PROMPTS`.
+
+class DrawnFacePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+    """Text to image and inpainting of drawings, with the calling convention of diffusers' own pipelines.
+
+    There is no VAE: the latents are the pixels in [-1, 1], blocks of them folded into channels, (n, 4, 8, 8) for plain
+    drawings and (n, 48, 8, 8) for varied ones. A prompt is one token, one-hot over `PROMPTS`.
     """
 
     def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler):
@@ -281,15 +286,23 @@ class DrawnFacePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         index = torch.tensor([1 if "house" in p.lower() else 0 for p in prompts])
         return F.one_hot(index, self.unet.config.cross_attention_dim).to(self.unet.dtype)[:, None]
 
-    @staticmethod
-    def encode_image(pixels: Tensor) -> Tensor:
-        """(n, 3, 16, 16) in [0, 1] to latents (n, 4, 8, 8)."""
-        return F.pixel_unshuffle(pixels.mean(1, keepdim=True) * 2 - 1, 2)
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of a side of one latent."""
+        return FOLD[self.unet.config.in_channels]
 
-    @staticmethod
-    def decode_latents(latents: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """(n, 3, h, w) in [0, 1] to latents; the mean of the colours where they are grey."""
+        return self._fold(pixels) * 2 - 1
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
         """The inverse of `encode_image`, clamped to [0, 1]."""
-        return (F.pixel_shuffle(latents, 2) / 2 + 0.5).clamp(0, 1).repeat(1, 3, 1, 1)
+        pixels = (F.pixel_shuffle(latents, self.vae_scale_factor) / 2 + 0.5).clamp(0, 1)
+        return pixels.expand(-1, 3, -1, -1)
+
+    def _fold(self, pixels: Tensor) -> Tensor:
+        grey = self.unet.config.in_channels == 4
+        return F.pixel_unshuffle(pixels.mean(1, keepdim=True) if grey else pixels, self.vae_scale_factor)
 
     @torch.no_grad()
     def __call__(
@@ -308,13 +321,14 @@ class DrawnFacePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         """Sample by DDIM; with `image` and `mask_image` the known region is put back at every step.
 
         image, mask_image: PIL pictures or lists of them. generator: one, or one per picture. output_type: "pil" or "pt",
-        the latter a tensor (n, 3, 16, 16) in [0, 1].
+        the latter tensors (3, h, w) in [0, 1].
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         condition = self.encode_prompt(prompts).to(self.device)
         known = self.encode_image(_stack(image)) if image is not None else None
-        shape = (4, PLAIN // 2, PLAIN // 2) if known is None else tuple(known.shape[1:])
+        side = self.unet.config.sample_size
+        shape = (self.unet.config.in_channels, side, side) if known is None else tuple(known.shape[1:])
         generators = generator if isinstance(generator, list) else [generator]
         if len(generators) == 1:
             noise = torch.randn((len(prompts), *shape), generator=generators[0])
@@ -324,12 +338,12 @@ class DrawnFacePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         times = self.scheduler.timesteps
         latents = noise
         if known is not None:
-            mask = F.pixel_unshuffle(_stack(mask_image)[:, :1], 2)
+            mask = self._fold(_stack(mask_image))
             times = times[len(times) - max(1, round(strength * len(times))) :]
             latents = self.scheduler.add_noise(known, noise, times[:1].expand(len(known)))
         for t in times:
-            velocity = self.unet(latents, t, condition).sample
-            latents = self.scheduler.step(velocity, t, latents).prev_sample
+            predicted = self.unet(latents, t, condition).sample
+            latents = self.scheduler.step(predicted, t, latents).prev_sample
             if known is not None:
                 before = t - self.scheduler.config.num_train_timesteps // num_inference_steps
                 again = known if before < 0 else self.scheduler.add_noise(known, noise, before.expand(len(known)))
@@ -360,13 +374,17 @@ def _stack(images: Any) -> Tensor:
     return images if isinstance(images, Tensor) else to_tensor(images if isinstance(images, list) else [images])
 
 
-def new_pipeline(channels: tuple[int, ...] = (24, 48)) -> DrawnFacePipeline:
-    """An untrained `DrawnFacePipeline`: v-prediction, cosine betas."""
+def new_pipeline(channels: tuple[int, ...] = (24, 48), *, latents: int = 4) -> DrawnFacePipeline:
+    """An untrained `DrawnFacePipeline`, cosine betas. latents: their channels, a key of `FOLD`.
+
+    Plain drawings are denoised by v-prediction. Velocity holds all of the noise, and 48 channels of noise do not fit through
+    a network this narrow; varied drawings are therefore predicted themselves.
+    """
     levels = len(channels) - 1
     unet = UNet2DConditionModel(
-        sample_size=PLAIN // 2,
-        in_channels=4,
-        out_channels=4,
+        sample_size=8,
+        in_channels=latents,
+        out_channels=latents,
         block_out_channels=channels,
         layers_per_block=1,
         norm_num_groups=8,
@@ -377,42 +395,84 @@ def new_pipeline(channels: tuple[int, ...] = (24, 48)) -> DrawnFacePipeline:
         mid_block_type="UNetMidBlock2DCrossAttn",
     )
     scheduler = DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=True, timestep_spacing="trailing"
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction" if latents == 4 else "sample",
+        clip_sample=True,
+        timestep_spacing="trailing",
     )
     return DrawnFacePipeline(unet, scheduler)
 
 
-def train_pipeline(*, steps: int, batch: int = 32, seed: int = 0) -> DrawnFacePipeline:
-    """The base model, from nothing: 30 % houses, 70 % faces, most of them with a defect, so that it draws bad faces.
+def plain_drawings(n: int, defective: float, *, seed: int) -> tuple[Tensor, list[str]]:
+    """n plain drawings (n, 3, 16, 16) in [0, 1] and their prompts: 30 % houses; of the faces a share is defective."""
+    templates, rng = Templates.all(), np.random.default_rng(seed)
+    kinds = np.where(rng.random(n) < 0.3, -1, np.where(rng.random(n) < defective, rng.integers(1, len(DEFECTS), n), 0))
+    rows = np.array([rng.choice(np.flatnonzero(templates.kinds == kind)) for kind in kinds])
+    return templates.pixels(rows), [PROMPTS[int(kind < 0)] for kind in kinds]
+
+
+def varied_drawings(n: int, defective: float, *, seed: int) -> tuple[Tensor, list[str]]:
+    """n varied drawings (n, 3, 32, 32) in [0, 1] and their prompts: 20 % houses; of the faces a share is defective."""
+    rng, parts, prompts = np.random.default_rng([seed, 3]), [], []
+    for start in range(0, n, 1000):  # drawing needs a hundred times the memory of the pictures
+        size = min(1000, n - start)
+        house = rng.random(size) < 0.2
+        defect = np.where(rng.random(size) < defective, rng.integers(1, len(DEFECTS), size), 0)
+        faces, houses = (int(v) for v in rng.integers(2**31, size=2))
+        pixels = draw_faces(sample_faces(size, seed=faces), defect)
+        pixels[house] = draw_houses(int(house.sum()), seed=houses)
+        parts.append(torch.from_numpy(pixels))
+        prompts += [PROMPTS[int(h)] for h in house]
+    return torch.cat(parts), prompts
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "plain": {"draw": plain_drawings, "channels": (24, 48), "latents": 4, "steps": 2000},
+    "varied": {"draw": varied_drawings, "channels": (40, 80), "latents": 48, "steps": 1000},
+}
+"""The two base models. Both draw bad faces, since most of the faces that they learn from have a defect."""
+
+
+def train_pipeline(
+    kind: str = "plain", *, steps: int | None = None, batch: int = 32, seed: int = 0
+) -> DrawnFacePipeline:
+    """A base model from nothing. steps: the recipe's own when not given.
 
     Four fifths of the updates see 70 % of the faces with a defect and learn to draw; the last fifth, at a small learning
     rate, sees 90 %.
     """
+    recipe = RECIPES[kind]
+    steps = steps or recipe["steps"]
     torch.manual_seed(seed)
-    pipe = new_pipeline()
+    pipe = new_pipeline(recipe["channels"], latents=recipe["latents"])
     first = max(1, round(0.8 * steps))
-    _learn(pipe, first, batch, 0.7, 2e-3, seed)
-    _learn(pipe, max(1, steps - first), batch, 0.9, 7e-4, seed + 1)
+    for part, count, defective, lr in ((0, first, 0.7, 2e-3), (1, max(1, steps - first), 0.9, 7e-4)):
+        pixels, prompts = recipe["draw"](count * batch, defective, seed=seed + part)
+        _learn(pipe, pixels, prompts, batch, lr, seed + part)
     return pipe
 
 
-def _learn(pipe: DrawnFacePipeline, steps: int, batch: int, defective: float, lr: float, seed: int) -> None:
-    templates, rng = Templates.all(), np.random.default_rng(seed)
+def _learn(pipe: DrawnFacePipeline, pixels: Tensor, prompts: list[str], batch: int, lr: float, seed: int) -> None:
+    """One pass over the pictures, in order; the learning rate rises for a tenth of it and falls as a cosine."""
+    steps = len(pixels) // batch
+
+    def rate(step: int) -> float:
+        done = (step + 0.5) / steps
+        return min(10 * done, 0.5 * (1 + math.cos(math.pi * (done - 0.1) / 0.9)))
+
     torch.manual_seed(seed)
     unet, scheduler = pipe.unet, pipe.scheduler
-    latents = pipe.encode_image(templates.pixels(np.arange(len(templates.kinds))))
-    condition = pipe.encode_prompt([PROMPTS[int(kind < 0)] for kind in templates.kinds])
-    n = steps * batch
-    kinds = np.where(rng.random(n) < 0.3, -1, np.where(rng.random(n) < defective, rng.integers(1, len(DEFECTS), n), 0))
-    order = np.array([rng.choice(np.flatnonzero(templates.kinds == kind)) for kind in kinds])
+    condition = pipe.encode_prompt(prompts)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     unet.train()
     for step in tqdm(range(steps), desc="base model", mininterval=5, disable=None):
-        rows = torch.from_numpy(order[step * batch : (step + 1) * batch])
-        x, noise, t = latents[rows], torch.randn(batch, *latents.shape[1:]), torch.randint(0, 1000, (batch,))
+        rows = slice(step * batch, (step + 1) * batch)
+        x = pipe.encode_image(pixels[rows])
+        noise, t = torch.randn_like(x), torch.randint(0, 1000, (batch,))
         predicted = unet(scheduler.add_noise(x, noise, t), t, condition[rows]).sample
-        loss = F.mse_loss(predicted, scheduler.get_velocity(x, noise, t))
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        loss = F.mse_loss(predicted, scheduler.get_velocity(x, noise, t) if velocity else x)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -422,31 +482,35 @@ def _learn(pipe: DrawnFacePipeline, steps: int, batch: int, defective: float, lr
 
 
 ASSETS = Path(__file__).parent / "assets"
-"""The packaged base model, in half precision; `facescore toy --rebuild` makes it again."""
-
-BASE_STEPS = 1000
+"""The packaged base models, in half precision; `facescore toy --rebuild` makes them again."""
 
 
-def base_pipeline() -> DrawnFacePipeline:
-    """The packaged base model: a tiny diffusion model that draws plain faces, too many of them with defects."""
+def base_pipeline(kind: str = "plain") -> DrawnFacePipeline:
+    """A packaged base model: a tiny diffusion model that draws plain or varied faces, too many of them with defects."""
     from safetensors.torch import load_file
 
-    pipe = new_pipeline()
-    state = load_file(ASSETS / "base.safetensors")
+    recipe = RECIPES[kind]
+    pipe = new_pipeline(recipe["channels"], latents=recipe["latents"])
+    state = load_file(ASSETS / f"{kind}.safetensors")
     pipe.unet.load_state_dict({key: tensor.float() for key, tensor in state.items()})
     pipe.unet.eval()
     return pipe
 
 
-def rebuild_assets(folder: str | Path, *, steps: int | None = None) -> dict[str, Any]:
-    """Train the base model from nothing and write `base.safetensors`. steps: the recipe's own when not given."""
+def rebuild_assets(
+    folder: str | Path, *, steps: int | None = None, kinds: Sequence[str] = tuple(RECIPES)
+) -> dict[str, Any]:
+    """Train the base models from nothing and write one file each. steps: the recipes' own when not given."""
     from safetensors.torch import save_file
 
-    steps = steps or BASE_STEPS
-    pipe, path = train_pipeline(steps=steps), Path(folder) / "base.safetensors"
-    with replace_atomically(path) as partial:
-        save_file({key: t.half().contiguous() for key, t in pipe.unet.state_dict().items()}, partial)
-    return {"written": str(path), "base updates": steps}
+    written = {}
+    for kind in kinds:
+        path = Path(folder) / f"{kind}.safetensors"
+        pipe = train_pipeline(kind, steps=steps)
+        with replace_atomically(path) as partial:
+            save_file({key: t.half().contiguous() for key, t in pipe.unet.state_dict().items()}, partial)
+        written[kind] = str(path)
+    return written
 
 
 def write_world(folder: str | Path, n: int, *, seed: int = 0) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from PIL import Image, ImageDraw, ImageFilter
 from tenfold_shared.errors import UserError
 from tqdm.auto import tqdm
 
-from facescore.detectors import Detection, Detector, make_detector
-from facescore.errors import PairFormatError
-from facescore.images import Box, open_image
+from facescore.detectors import Detection, Detector, make_detector, to_box
+from facescore.errors import InvalidBoxError, PairFormatError
+from facescore.images import Box, crop_window, open_image
 from facescore.pairs.dataset import FILE, PairDataset, PairRecord, line_of, parse_record, write_records
 
 SAME = 2 / 255
@@ -58,7 +58,8 @@ class InpaintPairBuilder:
     pipe: any pipeline called as diffusers' inpainting ones are (`prompt, image, mask_image, strength, generator`); the
     one that is to be improved, where the pairs also feed fine-tuning. strength: one or several in (0, 1]; several give
     graded losers. min_face: smallest side of a face in pixels. enlarge: the mask's size against the box. feather: radius
-    of the mask's soft edge, as a share of the face's smaller side. missing: what to do with a loser in which no face is
+    of the mask's soft edge, as a share of the face's smaller side. longest: larger images are inpainted with their longer
+    side scaled to so many pixels, and the face is scaled back. missing: what to do with a loser in which no face is
     found again, "flag", "drop" or "ignore" (do not look). options: further arguments of every call of the pipeline.
     """
 
@@ -72,6 +73,7 @@ class InpaintPairBuilder:
         confidence: float = 0.9,
         enlarge: float = 1.1,
         feather: float = 0.06,
+        longest: int = 1024,
         missing: str = "flag",
         generator_id: str = "",
         seed: int = 0,
@@ -85,6 +87,7 @@ class InpaintPairBuilder:
             raise UserError(f"missing is {missing!r}, expected flag, drop or ignore")
         self.pipe, self.detector = pipe, make_detector(detector)
         self.min_face, self.confidence, self.enlarge, self.feather = min_face, confidence, enlarge, feather
+        self.longest = longest
         self.missing, self.generator_id = missing, generator_id or type(pipe).__name__
         self.seed, self.batch_size, self.options = seed, batch_size, dict(options or {})
         self.counts = {"pairs": 0, "same": 0, "no face in the loser": 0, "without a face": 0}
@@ -133,7 +136,9 @@ class InpaintPairBuilder:
         image = open_image(item["image"])
         source = str(item.get("id", f"{number:06d}"))
         if item.get("boxes") is not None:
-            found = [Detection(tuple(float(v) for v in box)) for box in item["boxes"]]  # type: ignore[arg-type]
+            found = [Detection(to_box(box)) for box in item["boxes"]]
+            for detection in found:
+                crop_window(detection.box, image.size)  # raises for an empty or outlying box
         else:
             found = self._sure(image)
         large = [d for d in found if min(d.box[2] - d.box[0], d.box[3] - d.box[1]) >= self.min_face]
@@ -155,7 +160,7 @@ class InpaintPairBuilder:
             groups.setdefault((job.strength, job.image.size), []).append(job)
         for (strength, size), group in groups.items():
             masks = [face_mask(size, j.detection.box, enlarge=self.enlarge, feather=self.feather) for j in group]
-            canvases = [_to_multiple(j.image) for j in group]
+            canvases = [_canvas(j.image, self.longest) for j in group]
             outs = self.pipe(
                 prompt=[j.prompt for j in group],
                 image=canvases,
@@ -237,16 +242,27 @@ def read_images(folder: str | Path) -> list[dict[str, Any]]:
                 raise PairFormatError(f"line {number} of {listing}: expected an object with 'file_name'") from error
             if not (folder / name).resolve().is_relative_to(folder.resolve()):
                 raise PairFormatError(f"line {number} of {listing}: '{name}' lies outside the folder")
+            if not (folder / name).is_file():
+                raise PairFormatError(f"line {number} of {listing}: '{name}' does not exist")
             boxes = values.get("boxes")
-            items.append({"id": Path(name).with_suffix("").as_posix().replace("/", "_"), "image": folder / name,
-                          "prompt": prompt, "boxes": boxes})  # fmt: skip
+            if boxes is not None:
+                try:
+                    boxes = [to_box(box) for box in boxes]
+                except (TypeError, InvalidBoxError) as error:
+                    raise PairFormatError(f"line {number} of {listing}: 'boxes' is {boxes!r} ({error})") from error
+            items.append({"id": _id(name), "image": folder / name, "prompt": prompt, "boxes": boxes})
     else:
         kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
         files = sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds)
-        items = [{"id": p.name.replace(".", "_"), "image": p, "prompt": ""} for p in files]
+        items = [{"id": _id(p.name), "image": p, "prompt": ""} for p in files]
     if not items:
         raise UserError(f"image folder '{folder}' holds no images")
     return items
+
+
+def _id(name: str) -> str:
+    """The suffix stays in it, since a.png and a.jpg are two images."""
+    return name.replace("/", "_").replace(".", "_")
 
 
 def _mend(path: Path) -> list[PairRecord]:
@@ -270,9 +286,10 @@ def _seed(seed: int, id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{id}".encode()).digest()[:4], "big")
 
 
-def _to_multiple(image: Image.Image, of: int = 8) -> Image.Image:
-    """Diffusion models with a VAE take sides that are multiples of 8."""
-    size = tuple(max(of, side // of * of) for side in image.size)
+def _canvas(image: Image.Image, longest: int, of: int = 8) -> Image.Image:
+    """What the pipeline gets: at most `longest`, and sides that are multiples of 8, as a VAE takes them."""
+    scale = min(1.0, longest / max(image.size))
+    size = tuple(max(of, int(side * scale) // of * of) for side in image.size)
     return image if size == image.size else image.resize(size)
 
 

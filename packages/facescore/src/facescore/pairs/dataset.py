@@ -53,8 +53,12 @@ class Pairs(Protocol):
     sources: list[str]
     generators: list[str]
     severities: list[float | None]
+    prompts: list[str]
 
     def __len__(self) -> int: ...
+
+    def images(self, index: int) -> tuple[Image.Image, Image.Image]:
+        """Both whole images, winner first."""
 
     def crops(self, index: int) -> tuple[Image.Image, Image.Image]:
         """The two face crops of a pair, winner first."""
@@ -79,6 +83,7 @@ class PairDataset:
         self.sources = [r.source or r.id for r in self.records]
         self.generators = [r.generator for r in self.records]
         self.severities = [r.strength for r in self.records]
+        self.prompts = [r.prompt for r in self.records]
 
     @classmethod
     def read(cls, path: str | Path) -> "PairDataset":
@@ -196,8 +201,14 @@ class TensorPairs:
     def __len__(self) -> int:
         return len(self.win)
 
-    def crops(self, index: int) -> tuple[Image.Image, Image.Image]:
+    def images(self, index: int) -> tuple[Image.Image, Image.Image]:
         return open_image(self.win[index]), open_image(self.lose[index])
+
+    crops = images
+
+    def mask(self, index: int) -> Image.Image | None:
+        """What differs between the two, 255 inside."""
+        return None if self.masks is None else Image.fromarray((self.masks[index, 0] * 255).round().byte().numpy())
 
     def pixels(self, index: int, size: int) -> tuple[Tensor, Tensor]:
         from facescore.images import normalise

@@ -63,7 +63,9 @@ class Backbone:
     def predict(self, module: nn.Module, z: Tensor, index: Tensor, condition: Condition) -> Tensor:
         """The denoiser's answer for latents at training-time indices (n,). module: `self.module`, or its wrapped self."""
         times = self.schedule.times.to(z.device)[index.to(z.device)]
-        return module(z.to(self.dtype), times, **self.arguments(condition)).sample.float()
+        return module(z.to(self.dtype), times, **self.arguments(condition)).sample.to(
+            torch.promote_types(self.dtype, torch.float32)
+        )
 
     def arguments(self, condition: Condition) -> dict[str, Any]:
         return dict(condition)
@@ -103,11 +105,12 @@ class SD3(Backbone):
 
     def predict(self, module: nn.Module, z: Tensor, index: Tensor, condition: Condition) -> Tensor:
         times = self.schedule.times.to(z.device)[index.to(z.device)]
-        return module(hidden_states=z.to(self.dtype), timestep=times, **condition).sample.float()
+        answer = module(hidden_states=z.to(self.dtype), timestep=times, **condition).sample
+        return answer.to(torch.promote_types(self.dtype, torch.float32))
 
 
 class Pixels(Backbone):
-    """A pipeline without a VAE, which encodes images and prompts itself."""
+    """A pipeline without a VAE, which encodes images and prompts itself and says `vae_scale_factor`, pixels per latent."""
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:

@@ -41,6 +41,8 @@ class TuneConfig:
     lr: float = 1e-4
     batch_size: int = 4
     """Pairs of one update, over all processes."""
+    resolution: int | None = None
+    """Side of the square training pictures in pixels; None is the pipeline's own."""
     lora_rank: int | None = 8
     """None trains every weight."""
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -82,6 +84,7 @@ class TuneConfig:
             ("steps", self.steps >= 1, "1 or more"),
             ("lr", self.lr > 0, "above 0"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
+            ("resolution", self.resolution is None or self.resolution >= 8, "8 or more"),
             ("lora_rank", self.lora_rank is None or self.lora_rank >= 1, "1 or more"),
             ("target", self.target in losses.TARGETS, f"one of {', '.join(losses.TARGETS)}"),
             ("beta", self.beta > 0, "above 0"),
@@ -143,7 +146,7 @@ class FaceTuner:
             raise UserError(f"{error}".replace("TuneConfig.__init__()", "FaceTuner")) from error
         if method in ("sft", "guidance", "dpo") and (pairs is None or not len(pairs)):
             raise UserError(f"{method} needs pairs")
-        self.prompts = list(prompts) if prompts is not None else _prompts(pairs) if pairs is not None else []
+        self.prompts = list(prompts if prompts is not None else pairs.prompts if pairs is not None else [])
         if method in ("refl", "filter") and (scorer is None or not self.prompts):
             raise UserError(f"{method} needs a scorer and prompts")
         if self.config.general_weight > 0 and general is None:
@@ -388,50 +391,59 @@ class FaceTuner:
                 self.pipe, self.prompts, self.scorer, self.config.samples,  # type: ignore[arg-type]
                 steps=self.config.sampling_steps, seed=self.config.seed,
             )  # fmt: skip
-            best = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")
-            best = best[: max(1, round(self.config.keep * len(images)))]
+            faces = np.flatnonzero(np.isfinite(scores))
+            if not len(faces):
+                raise UserError(f"the scorer found a face in none of {len(images)} samples", hint="draw more samples")
+            best = faces[np.argsort(-scores[faces], kind="stable")][: max(1, round(self.config.keep * len(images)))]
             return self._encode([images[i] for i in best], [prompts[i] for i in best])
-        if isinstance(self.pairs, TensorPairs):
-            from facescore.images import open_image
+        assert self.pairs is not None
+        parts = [
+            self._encode_pairs(range(start, min(start + 16, len(self.pairs))))
+            for start in range(0, len(self.pairs), 16)
+        ]
+        good, bad = (torch.cat([part[side] for part in parts]) for side in (0, 1))
+        masks = None if any(part[2] is None for part in parts) else torch.cat([part[2] for part in parts])
+        return _Latents(good, bad, masks, self._conditions(self.pairs.prompts), list(self.pairs.ids))
 
-            pairs = self.pairs
-            whole = [tuple(open_image(t[i]) for t in (pairs.win, pairs.lose)) for i in range(len(pairs))]
-            masks = pairs.masks
-        else:
-            assert self.pairs is not None
-            pairs_on_disk = self.pairs
-            whole = [pairs_on_disk.images(i) for i in range(len(pairs_on_disk))]
-            found = [pairs_on_disk.mask(i) for i in range(len(pairs_on_disk))]
-            masks = None
-            if all(m is not None for m in found):
-                arrays = [
-                    np.asarray(m.resize(whole[0][0].size), dtype=np.float32) / 255 for m in found if m is not None
-                ]
-                masks = torch.from_numpy(np.stack(arrays))[:, None]
-        size = whole[0][0].size
-        whole = [tuple(i if i.size == size else i.resize(size) for i in pair) for pair in whole]
-        good = self._encode([w for w, _ in whole], _prompts(self.pairs))
-        bad = self._encode([b for _, b in whole], []) if self.method in ("guidance", "dpo") else None
-        return _Latents(good.good, bad.good if bad is not None else None, masks, good.condition, list(self.pairs.ids))
+    def _encode_pairs(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Latents of winners and losers and the masks (n, 1, side, side), or None when one has none."""
+        assert self.pairs is not None
+        side = self._size()[0]
+        good, bad, masks = [], [], []
+        for row in rows:
+            mask = self.pairs.mask(row)
+            win, lose = self.pairs.images(row)
+            x1, y1, x2, y2 = (mask.getbbox() if mask is not None else None) or (0, 0, *win.size)
+            centre = (x1 + x2) / 2 / win.width, (y1 + y2) / 2 / win.height
+            good.append(fit(win, side, centre))
+            bad.append(fit(lose, side, centre))
+            if mask is not None:
+                masks.append(torch.from_numpy(np.array(fit(mask, side, centre), dtype=np.float32) / 255)[None])
+        whole = torch.stack(masks) if len(masks) == len(rows) else None
+        return (*(self.backbone.encode_images(images).cpu().float() for images in (good, bad)), whole)
 
     def _encode(self, images: list[Image.Image], prompts: list[str]) -> _Latents:
-        """Latents and conditions, computed once; equal prompts are encoded once."""
-        size = images[0].size
-        latents = torch.cat([self.backbone.encode_images(images[i : i + 16]).cpu() for i in range(0, len(images), 16)])
-        condition: Condition = {}
-        if prompts:
-            unique = sorted(set(prompts))
-            encoded = [self.backbone.encode_prompts([p], size) for p in unique]
-            rows = torch.tensor([unique.index(p) for p in prompts])
-            condition = {k: torch.cat([e[k] for e in encoded]).cpu()[rows] for k in encoded[0]}
-        return _Latents(latents.float(), None, None, condition, [f"sample {i}" for i in range(len(images))])
+        """Plain pictures and their prompts."""
+        side = self._size()[0]
+        fitted = [fit(image, side) for image in images]
+        latents = torch.cat([self.backbone.encode_images(fitted[i : i + 16]).cpu() for i in range(0, len(fitted), 16)])
+        names = [f"sample {i}" for i in range(len(images))]
+        return _Latents(latents.float(), None, None, self._conditions(prompts), names)
+
+    def _conditions(self, prompts: Sequence[str]) -> Condition:
+        """Computed once; equal prompts are encoded once."""
+        unique = sorted(set(prompts))
+        encoded = [self.backbone.encode_prompts([p], self._size()) for p in unique]
+        rows = torch.tensor([unique.index(p) for p in prompts])
+        return {k: torch.cat([e[k] for e in encoded]).cpu()[rows] for k in encoded[0]}
 
     def _latent_shape(self) -> tuple[int, int, int]:
         config = self.backbone.module.config
         return config.in_channels, config.sample_size, config.sample_size
 
     def _size(self) -> tuple[int, int]:
-        side = self.backbone.module.config.sample_size * getattr(self.pipe, "vae_scale_factor", 1)
+        """Width and height of the training pictures."""
+        side = self.config.resolution or self.backbone.module.config.sample_size * self.pipe.vae_scale_factor
         return side, side
 
     def _signature(self) -> str:
@@ -504,7 +516,12 @@ def best_and_worst(
     return TensorPairs(torch.stack(win), torch.stack(lose), prompts=kept)
 
 
-def _prompts(pairs: PairDataset | TensorPairs | None) -> list[str]:
-    if pairs is None:
-        return []
-    return list(pairs.prompts) if isinstance(pairs, TensorPairs) else [r.prompt for r in pairs.records]
+def fit(image: Image.Image, side: int, centre: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """A square of `side` pixels: the shorter side scaled, the longer cut around `centre` (shares of width and height)."""
+    if image.size == (side, side):
+        return image
+    scale = side / min(image.size)
+    width, height = (max(side, round(v * scale)) for v in image.size)
+    left = min(max(round(centre[0] * width - side / 2), 0), width - side)
+    top = min(max(round(centre[1] * height - side / 2), 0), height - side)
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
