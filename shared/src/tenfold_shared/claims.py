@@ -12,6 +12,7 @@ A benchmark is one function per claim (or per group of claims measured in one ru
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -29,6 +30,8 @@ from typing import Any
 
 from tenfold_shared.errors import UserError
 from tenfold_shared.hub import replace_atomically
+
+VERDICTS = {True: "passed", False: "FAILED", None: "not run here"}
 
 
 @dataclass
@@ -106,10 +109,8 @@ def environment(package: str, libraries: Sequence[str] = ()) -> dict[str, Any]:
     names = ["torch", "numpy", *libraries]
     found = {}
     for name in names:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     torch = sys.modules.get("torch")
     return {
         "python": platform.python_version(),
@@ -182,18 +183,11 @@ def run_benchmark(
         write_claims(kept, measured)
         claims += measured
         left = (time.monotonic() - started) / i * (len(measurements) - i)
-        verdicts = ", ".join(f"{c.id} {_verdict(c.passed)}" for c in measured)
+        verdicts = ", ".join(f"{c.id} {VERDICTS[c.passed]}" for c in measured)
         print(f"    {seconds:.0f} s, about {left:.0f} s left: {verdicts}", file=sys.stderr, flush=True)  # noqa: T201
     write_claims(results / f"{package}.json", claims)
     return claims
 
 
-def _verdict(passed: bool | None) -> str:
-    return {True: "passed", False: "FAILED", None: "not run here"}[passed]
-
-
 def _number(value: Any) -> float | None:
-    if value is None:
-        return None
-    value = float(value)
-    return value if math.isfinite(value) else None
+    return float(value) if value is not None and math.isfinite(float(value)) else None

@@ -37,6 +37,8 @@ Output = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")]
 
+FILE_ERRORS = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
 
 @dataclasses.dataclass
 class Table:
@@ -159,9 +161,7 @@ def _mendable(error: Exception) -> str | None:
     """What to tell the person, or None for a mistake of ours."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(
-        error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError
-    ):
+    if isinstance(error, FILE_ERRORS):
         return f"{error.filename or 'file'}: {error.strerror or error}"
     # Only a package that uses pydantic can raise its error; it is not a dependency here.
     if type(error).__name__ == "ValidationError" and hasattr(error, "errors"):

@@ -10,22 +10,11 @@ PEERS = ("#35608d", "#6a9a4b", "#b8893b", "#7b6aa8", "#4f9c9c", "#a65a78", "#7a7
 """Colour-blind-safe apart in lightness; use them in order, `OURS` for our own method only."""
 
 STYLE = {
-    "figure.dpi": 110,
-    "savefig.dpi": 150,
-    "figure.constrained_layout.use": True,
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "image.cmap": "viridis",
-    "svg.hashsalt": "tenfold",
-}
+    "figure.dpi": 110, "savefig.dpi": 150, "figure.constrained_layout.use": True, "svg.hashsalt": "tenfold",
+    "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "image.cmap": "viridis",
+    "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.7,
+}  # fmt: skip
 
 
 @contextmanager

@@ -44,11 +44,9 @@ def _load(load: Callable[..., Any], name: str | Path, kwargs: dict[str, Any], re
     looks_local = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     folder = Path(name).expanduser()
     if looks_local and not folder.is_dir():
-        raise UserError(
-            f"model folder '{name}' does not exist", hint="pass a folder made by save_pretrained, or a hub id"
-        )
+        raise UserError(f"model folder '{name}' does not exist", "pass a folder made by save_pretrained, or a hub id")
     if folder.is_dir() and not any(folder.iterdir()):
-        raise UserError(f"model folder '{name}' is empty", hint="pass a folder made by save_pretrained")
+        raise UserError(f"model folder '{name}' is empty", "pass a folder made by save_pretrained")
     if remote_code:
         kwargs.setdefault("trust_remote_code", False)
     try:
@@ -57,19 +55,16 @@ def _load(load: Callable[..., Any], name: str | Path, kwargs: dict[str, Any], re
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if not folder.is_dir():
-            hint = "check the id and the network, or pass a folder made by save_pretrained"
-            raise UserError(
-                f"'{name}' is neither a folder here nor a model that could be loaded from the hub", hint
-            ) from error
+            text = f"'{name}' is neither a folder here nor a model that could be loaded from the hub"
+            raise UserError(text, "check the id and the network, or pass a folder made by save_pretrained") from error
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"model folder '{name}' could not be loaded ({reason})", hint="save the model again") from error
     except Exception as error:
         # safetensors raises an exception class of its own for a truncated or foreign file.
         if type(error).__name__ != "SafetensorError":
             raise
-        raise UserError(
-            f"'{name}' holds a damaged safetensors file ({error})", hint="save or download it again"
-        ) from error
+        text = f"'{name}' holds a damaged safetensors file ({error})"
+        raise UserError(text, hint="save or download it again") from error
 
 
 @contextmanager

@@ -36,9 +36,7 @@ def compare(
     """Time `ours` and `peer` in turn and compare neighbours.
 
     repeats: pairs of calls, 3 or more. clock: a function that gives seconds; `time.process_time` counts CPU time.
-    Work on an accelerator must be synchronised inside the callables.
-
-    Raises UserError when repeats is under 3.
+    Work on an accelerator must be synchronised inside the callables. Raises UserError when repeats is under 3.
     """
     if repeats < 3:
         raise UserError(f"repeats is {repeats}, expected 3 or more", hint="an interval needs at least three pairs")
