@@ -129,7 +129,8 @@ def test_updates_are_refits_at_the_same_hyperparameters(problem: Problem, tmp_pa
         other = clone(clf).fit(part(some), problem["y"][some], problem["z"][some, :3])
         features = other.normaliser_(part(index), dtype=torch.float64)
         targets = torch.as_tensor((problem["y"][index][:, None] == clf.classes_).astype(float))
-        other.gp_.condition(features, targets, prior_logits=torch.as_tensor(problem["z"][index]))
+        other.prior_bias_ = torch.cat([other.prior_bias_, torch.zeros(1)])
+        other.gp_.condition(features, targets, prior_logits=torch.as_tensor(problem["z"][index]) - other.prior_bias_)
         other.classes_ = clf.classes_
         return other.predict_dist(problem["X_test"], problem["z_test"])
 

@@ -20,7 +20,7 @@ from gp_ensemble.features import Features, FeatureTable, Normaliser
 from gp_ensemble.gp import SharedKernelGP, one_hot
 from gp_ensemble.kernels import EnsembleKernel, rows
 from gp_ensemble.links import TEMPERATURE, fit_temperature, get_link, temperature_width
-from gp_ensemble.means import MEANS, PriorMean, ZeroMean, margin
+from gp_ensemble.means import MEANS, PriorMean, ZeroMean, class_bias, margin
 from gp_ensemble.solvers import make_solver, pivoted_cholesky
 from gp_ensemble.tuning import choose_objective, tune
 from gp_ensemble.zero_shot import ZeroShotClassifier, columns_by_name
@@ -60,6 +60,7 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
 
     kernel: "rbf", "linear", "matern52", a gpytorch kernel, or one of these per encoder.
     mean: "logits", "probs", "zero"; "auto" is "logits" with zero-shot logits and "zero" without.
+    debias: subtract what the zero-shot logits favour each class by on the training images (`means.class_bias`).
     objective: "ml", "loo", "loo_ce", "none"; "auto" is "ml" up to two images in the smallest class, "loo_ce" above.
     link: "softmax", "argmax", "mean_field", "clip".
     prior_strength: factor of the log prior of the hyper-parameters; 0 removes it.
@@ -78,8 +79,8 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
     batch_size: images predicted at a time.
     random_state: of the draw of classes for tuning.
 
-    After fitting: `classes_`, `gp_` (the `SharedKernelGP`), `tuned_`, `temperature_`, `encoder_weights_`, `loo_`,
-    `log_marginal_likelihood_`.
+    After fitting: `classes_`, `gp_` (the `SharedKernelGP`), `tuned_`, `temperature_`, `prior_bias_`, `encoder_weights_`,
+    `loo_`, `log_marginal_likelihood_`.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
         kernel: Any = "rbf",
         mean: str = "auto",
         *,
+        debias: bool = True,
         objective: str = "auto",
         link: str = "softmax",
         prior_strength: float = 1.0,
@@ -107,6 +109,7 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
     ):
         self.kernel = kernel
         self.mean = mean
+        self.debias = debias
         self.objective = objective
         self.link = link
         self.prior_strength = prior_strength
@@ -151,7 +154,13 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
         get_link(self.link)
         self.normaliser_, features = Normaliser.fit(raw, self.center, dtype=self._dtype, device=self._device)
         self._warn_duplicates(features, numbers)
+        y_index = torch.as_tensor(numbers, device=self._device)
+        targets = one_hot(y_index, len(self.classes_), self._dtype)
         z = self._prior_logits(X, raw, prior_logits, n)
+        self.prior_bias_: Tensor | None = None
+        if z is not None:
+            self.prior_bias_ = class_bias(z, targets) if self.debias else torch.zeros_like(z[0])
+            z = z - self.prior_bias_
         mean = self._make_mean(z)
         z = z if mean.needs_logits else None
         smallest = int(np.bincount(numbers).min())
@@ -174,8 +183,6 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
             max_memory=self.max_memory,
             inducing=self.inducing_points,
         )
-        y_index = torch.as_tensor(numbers, device=self._device)
-        targets = one_hot(y_index, len(self.classes_), self._dtype)
         scale = None if noise_scale is None else self._noise_scale(noise_scale, n)
         self.tuned_ = tune(
             self.gp_,
@@ -362,11 +369,13 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
         classes: Any = np.append(self.classes_, np.asarray([name], dtype=np.asarray([name]).dtype))
         z = None
         if self.gp_.prior_logits is not None:
+            assert self.prior_bias_ is not None
+            bias = torch.cat([self.prior_bias_, self.prior_bias_.new_zeros(1)])  # a new class has no images to judge by
             zero_shot = zero_shot or self.zero_shot
             if prior_logits is None and zero_shot is not None:
                 encoder = self.prior_encoder or zero_shot.encoder
                 support = self.normaliser_.uncentred(encoder, self.gp_.features[encoder]).cpu().numpy()
-                wide = zero_shot.logits(support, classes)
+                wide = zero_shot.logits(support, classes) - bias.cpu().numpy()
                 prior_logits = zero_shot.logits(self._mapping(X)[encoder], classes)
                 self.zero_shot = zero_shot
             elif prior_logits is None or support_prior_logits is None:
@@ -379,7 +388,8 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
                 if len(column) != len(self.gp_.targets):
                     raise UserError(f"{len(column)} support_prior_logits for {len(self.gp_.targets)} training images")
                 wide = np.concatenate([self.gp_.prior_logits.cpu().numpy(), column], axis=1)
-            z = self._check_logits(prior_logits, m, len(classes))
+            z = self._check_logits(prior_logits, m, len(classes)) - bias
+            self.prior_bias_ = bias
             self.gp_.prior_logits = self._check_logits(wide, len(wide), len(classes))
         targets = torch.zeros(m, len(classes), dtype=self._dtype, device=self._device)
         targets[:, -1] = 1
@@ -392,7 +402,7 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
         """Remove training images by index.
 
         What remains is exactly the predictor that never saw them, at these hyper-parameters and this centring, both of
-        which they did influence; recenter=True computes the centring anew.
+        which they did influence; recenter=True computes the centring and the class bias anew.
         """
         check_is_fitted(self)
         n = len(self.gp_.targets)
@@ -410,6 +420,10 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
             for name, array in everything.items():
                 array[torch.as_tensor(keep, device=self._device)] = fresh[name]
             self.gp_.features = everything
+            if self.gp_.prior_logits is not None and self.debias:
+                kept, raw = torch.as_tensor(keep, device=self._device), self.gp_.prior_logits + self.prior_bias_
+                self.prior_bias_ = class_bias(raw[kept], self.gp_.targets[kept])
+                self.gp_.prior_logits = raw - self.prior_bias_
         self.gp_.forget(torch.as_tensor(keep, device=self._device))
         self._loo = None
         return self
@@ -495,7 +509,7 @@ class GPEnsembleClassifier(ClassifierMixin, BaseEstimator):
             raise PriorMissingError(
                 "fitted with zero-shot logits, asked to predict without them", hint="pass prior_logits here too"
             )
-        return z
+        return z - self.prior_bias_
 
     def _check_logits(self, given: Any, n: int, classes: int) -> Tensor:
         z = check_array(np.asarray(given), dtype=[np.float64, np.float32], input_name="prior_logits")

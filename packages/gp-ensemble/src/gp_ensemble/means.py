@@ -7,6 +7,9 @@ z (n, C) are zero-shot logits. The paper's own choice of scale could not be cons
     zero     m = 1/C                                    no text model
 
 Rows of m sum to one, as the one-hot targets do, so rows of the posterior mean do too.
+
+A zero-shot classifier trained elsewhere favours some classes whatever the image shows. `class_bias` estimates that from
+the labelled images; the classifier subtracts it from z first. This is ours, not the paper's.
 """
 
 import gpytorch
@@ -77,6 +80,23 @@ def margin(prior_logits: Tensor) -> float:
     """Mean over rows of max_c z - mean_c z, at least a tiny positive number (all-equal logits say nothing)."""
     z = prior_logits.double()
     return max(float((z.amax(1) - z.mean(1)).mean()), 1e-6)
+
+
+def class_bias(prior_logits: Tensor, targets: Tensor) -> Tensor:
+    """b (C,): how much the zero-shot logits favour each class on average, to be subtracted; sums to zero.
+
+    Mean over images of z minus its row mean, each class counting the same, shrunk towards zero as James and Stein do, by
+    1 - (sampling variance of the means) / (variance of the means), at least 0: few images, or an even-handed z, give
+    almost nothing. prior_logits: z (n, C). targets: Y (n, C), one-hot.
+    """
+    n, classes = targets.shape
+    z = prior_logits - prior_logits.mean(1, keepdim=True)
+    weight = (targets / targets.sum(0).clamp(min=1)).sum(1, keepdim=True)
+    weight = weight / weight.sum()
+    b = (weight * z).sum(0)
+    sampling = (weight**2 * (z - b) ** 2).sum(0).mean() * n / (n - 1)
+    between = b.square().sum() / (classes - 1)
+    return b * (1 - sampling / between.clamp(min=torch.finfo(b.dtype).tiny)).clamp(min=0)
 
 
 MEANS: dict[str, type[PriorMean]] = {"logits": LogitsMean, "probs": ProbsMean, "zero": ZeroMean}

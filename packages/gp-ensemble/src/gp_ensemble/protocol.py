@@ -35,6 +35,7 @@ METHODS: dict[str, Method] = {
     "GP ensemble, untuned": lambda: GPEnsembleClassifier(objective="none"),
     "GP ensemble, linear": lambda: GPEnsembleClassifier("linear"),
     "GP ensemble, argmax link": lambda: GPEnsembleClassifier(link="argmax"),
+    "GP ensemble, text as it is": lambda: GPEnsembleClassifier(debias=False),
     "GP ensemble, no text": lambda: GPEnsembleClassifier(mean="zero"),
     "zero-shot": baselines.ZeroShot,
     "LR, clip": lambda: baselines.LinearProbe("clip"),

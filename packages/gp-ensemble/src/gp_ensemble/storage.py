@@ -58,6 +58,8 @@ def save(classifier: "GPEnsembleClassifier", directory: str | Path) -> Path:
     }
     if gp.prior_logits is not None:
         tensors["prior_logits"] = gp.prior_logits
+    if classifier.prior_bias_ is not None:
+        tensors["prior_bias"] = classifier.prior_bias_
     if isinstance(solver, CholeskySolver):
         tensors |= {f"solver.{name}": value for name, value in solver.state().items()}
         config["jitter"] = solver.jitter
@@ -130,6 +132,7 @@ def _restore(
         gp.condition(features, targets, solver=solver, **given)
     result.gp_, result.classes_ = gp, np.asarray(config["classes"])
     result.normaliser_ = Normaliser({name: tensors.get(f"center.{name}") for name in names}, dims)
+    result.prior_bias_ = tensors.get("prior_bias")
     result.temperature_, result.tuned_ = config["temperature"], Tuned(**config["tuned"])
     result.n_features_in_ = config["n_features_in"]
     result._dtype, result._device, result._loo = targets.dtype, torch.device(device), None
