@@ -335,7 +335,7 @@ def export(
 def bench(
     steps: Annotated[int, typer.Option(help="Time-steps.", min=1)] = 32,
     neurons: Annotated[int, typer.Option(help="Neurons.", min=1)] = 400_000,
-    backend: Annotated[str, typer.Option(help="eager or compile.")] = "compile",
+    backend: Annotated[str, typer.Option(help="auto, eager, compile or triton.")] = "compile",
     seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,

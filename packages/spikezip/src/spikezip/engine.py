@@ -14,6 +14,7 @@ import copy
 import fnmatch
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from spikingjelly.activation_based import base
 from tenfold_shared.errors import UserError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from spikezip import ops
 from spikezip.encoders import Direct, checked, difference
@@ -67,6 +69,8 @@ class Clock:
     """Keep membranes in drive form too, for event steps that may follow."""
     keep_trains: str | None = None
     """Pattern of sites whose spike trains are kept."""
+    unsigned: list[Tensor] = field(default_factory=list)
+    """Of this step, event form: what neurons with lo = 0 sent, which a ReLU must let pass."""
 
 
 @dataclass
@@ -120,7 +124,10 @@ class NeuronSite(STBIFPlusNode):
         call = self.calls[index]
         if not clock.unrolled:
             self._fits(x, call)
-            return self._advance(x, call, clock.t)
+            out = self._advance(x, call, clock.t)
+            if clock.form == "event" and self.lo == 0:
+                clock.unsigned.append(out)
+            return out
         seq = x.reshape(clock.unrolled, x.shape[0] // clock.unrolled, *x.shape[1:])
         return torch.cat([self._advance(step, call, clock.t + i) for i, step in enumerate(seq)])
 
@@ -239,7 +246,7 @@ class SpikingModel(nn.Module):
         self.constants: dict[str, Tensor] = {}
         if engine == "event":
             self.constants = dict(_event_operators(self.model, ""))
-        self._guarded = engine != "event"
+        self._guarded, self._inline_relu = engine != "event", False
         self._stale = False
         self._logits: Tensor | None = None
         self._last_input: Any = None
@@ -258,6 +265,11 @@ class SpikingModel(nn.Module):
     def sites(self) -> list[NeuronSite]:
         """The neurons' sites, in the order of registration."""
         return [m for m in self.model.modules() if isinstance(m, NeuronSite)]
+
+    @property
+    def operators(self) -> list[ops.SpikeOperator]:
+        """The operators on increments; none in the drive engine."""
+        return [m for m in self.model.modules() if isinstance(m, ops.SpikeOperator)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -314,9 +326,11 @@ class SpikingModel(nn.Module):
         if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
             raise ConversionError("autocast is active; it rounds what has to be exact", hint="leave the autocast block")
         clock = self.clock
-        clock.moved, clock.counts = [], []
+        clock.moved, clock.counts, clock.unsigned = [], [], []
         for site in self.sites:
             site.called = 0
+        for operator in self.operators:
+            operator.begin_step()
         if clock.form == "drive":
             self._set_form("drive")
             self._logits = logits_of(_call(self.model, inputs))
@@ -330,10 +344,8 @@ class SpikingModel(nn.Module):
         return self._logits
 
     def _set_form(self, form: str) -> None:
-        if self.engine == "event":
-            for module in self.model.modules():
-                if isinstance(module, ops.SpikeOperator):
-                    module.form = form
+        for operator in self.operators:
+            operator.form = form
 
     def _increment(self, inputs: Any) -> Tensor:
         self._set_form("event")
@@ -341,18 +353,16 @@ class SpikingModel(nn.Module):
         if not first:
             inputs = difference(inputs, self._last_input)
         zeros = {} if first else {name: torch.zeros_like(value) for name, value in self.constants.items()}
+        passing = _PassRelu(self.clock)
         if self._guarded:
-            out = _call(self.model, inputs, zeros)
+            with passing if self._inline_relu else nullcontext():
+                out = _call(self.model, inputs, zeros)
         else:
             message = "applies a nonlinear function to single increments"
-            with forbid(self.model, _NONLINEAR, ConversionError, message, allowed=(ops.SpikeOperator, NeuronSite)):
+            guard = forbid(self.model, _NONLINEAR, ConversionError, message, allowed=(ops.SpikeOperator, NeuronSite))
+            with guard, passing:
                 out = _call(self.model, inputs, zeros)
-            self._guarded = True
-            if shared := next((site for site in self.sites if len(site.calls) > 1), None):
-                raise ConversionError(
-                    f"{shared.path} is called {len(shared.calls)} times a step; operators on increments keep one state",
-                    hint="use engine='drive' for models with shared layers",
-                )
+            self._guarded, self._inline_relu = True, passing.used
         out = logits_of(out)
         return out if self._logits is None else self._logits + out
 
@@ -558,11 +568,26 @@ def _call_order(snn: SpikingModel) -> list[int]:
     return sorted(range(len(flat)), key=lambda i: flat[i].order)
 
 
+_RELU = {torch.relu, torch.Tensor.relu, nn.functional.relu}
 _NONLINEAR = {
-    torch.relu, torch.tanh, torch.sigmoid, torch.softmax, torch.Tensor.softmax, torch.Tensor.tanh, torch.Tensor.relu,
-    torch.Tensor.sigmoid, nn.functional.relu, nn.functional.gelu, nn.functional.silu, nn.functional.softmax,
-    nn.functional.tanh, nn.functional.sigmoid, nn.functional.layer_norm, nn.functional.scaled_dot_product_attention,
+    *_RELU, torch.tanh, torch.sigmoid, torch.softmax, torch.Tensor.softmax, torch.Tensor.tanh, torch.Tensor.sigmoid,
+    nn.functional.gelu, nn.functional.silu, nn.functional.softmax, nn.functional.tanh, nn.functional.sigmoid,
+    nn.functional.layer_norm, nn.functional.scaled_dot_product_attention,
 }  # fmt: skip
+
+
+class _PassRelu(TorchFunctionMode):
+    """Lets increments pass a ReLU that is written into a forward, where what they sum to is never negative."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.used = clock, False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _RELU and any(args[0] is sent for sent in self.clock.unsigned):
+            self.used = True
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def convert(
