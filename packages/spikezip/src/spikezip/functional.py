@@ -58,13 +58,13 @@ def stbif_plus_step(
     return spikes, v - spikes, acc + spikes
 
 
-def drive_step(x: Tensor, acc: Tensor, *, theta: Tensor, lo: int, hi: int, burst: int = 1) -> Tensor:
-    """One step in drive form; returns the new tracer S. x: the summed input X(t)."""
-    if torch.is_grad_enabled() and (x.requires_grad or theta.requires_grad):
-        target = _floor(x / theta + 0.5).clamp(lo, hi)
+def drive_step(x: Tensor, acc: Tensor, *, theta: Tensor, lo: int, hi: int, burst: int = 1) -> tuple[Tensor, Tensor]:
+    """One step in drive form; returns (o, acc), the spikes and the new tracer S. x: the summed input X(t)."""
+    if torch.is_grad_enabled() and (x.requires_grad or acc.requires_grad or theta.requires_grad):
+        spikes = (_floor(x / theta + 0.5).clamp(lo, hi) - acc).clamp(-burst, burst)
     else:
-        target = levels(x, theta, lo, hi)
-    return acc + (target - acc).clamp(-burst, burst)
+        spikes = levels(x, theta, lo, hi).sub_(acc).clamp_(-burst, burst)
+    return spikes, acc + spikes
 
 
 def _scan(
@@ -77,9 +77,21 @@ def _scan(
     return torch.stack(spikes), v, acc
 
 
+def _scan_bytes(
+    x_seq: Tensor, v: Tensor, acc: Tensor, theta: Tensor, lo: int, hi: int, burst: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    spikes, v, acc = _scan(x_seq, v, acc, theta, lo, hi, burst)
+    return spikes.to(spike_type(lo, hi, burst)), v, acc
+
+
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(_scan, dynamic=False)
+    return torch.compile(_scan_bytes, dynamic=False)
+
+
+def spike_type(lo: int, hi: int, burst: int) -> torch.dtype:
+    """The smallest type that holds every spike: a scan over time is bound by what it writes."""
+    return torch.int8 if min(burst, hi - lo) <= 127 else torch.int16
 
 
 @functools.cache
@@ -104,10 +116,10 @@ def stbif_plus_multi_step(
 
         eager     step by step in torch; the only one with gradients
         compile   torch.compile in chunks of 8 steps, one fused kernel a chunk
-        triton    one kernel over all steps, CUDA only; its spikes come in int8, the others' in x's type
+        triton    one kernel over all steps, CUDA only
         auto      triton on CUDA when no gradient is asked for, else eager
 
-    Where a compiler is not to be had it warns once and goes on eagerly.
+    Spikes come in int8 (`spike_type`) from compile and triton, in x's type from eager. Where a compiler is not to be had it warns once and goes on eagerly.
 
     Raises UserError for no steps, a burst under 1 or an unknown backend.
     """
@@ -139,7 +151,7 @@ def _scan_compiled(
         o, v, acc = _compiled()(chunk, v, acc, theta, lo, hi, burst)
         spikes.append(o)
     if whole < len(x_seq):
-        o, v, acc = _scan(x_seq[whole:], v, acc, theta, lo, hi, burst)
+        o, v, acc = _scan_bytes(x_seq[whole:], v, acc, theta, lo, hi, burst)
         spikes.append(o)
     return torch.cat(spikes), v, acc
 

@@ -115,7 +115,7 @@ class STBIFPlusNode(neuron.BaseNode):
         theta = self.threshold(x)
         limits: dict[str, Any] = {"theta": theta, "lo": self.lo, "hi": self.hi, "burst": self.burst}
         if self.input_form == "drive":
-            acc = drive_step(x, acc, **limits)
+            _, acc = drive_step(x, acc, **limits)
             return (acc * theta,), (v, acc)
         spikes, v, acc = stbif_plus_step(x, v, acc=acc, **limits)
         return (spikes * theta,), (v, acc)

@@ -9,11 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spikezip.functional import spike_type
+
 BLOCK = 512
 
 
 @triton.jit
-def _kernel(
+def _kernel(  # type: ignore[no-untyped-def]  # Triton takes annotations for types of its own.
     x_ptr, v_ptr, acc_ptr, theta_ptr, spikes_ptr, v_end_ptr, acc_end_ptr, steps, neurons, theta_stride, lo, hi, burst,
     SINGLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -41,16 +43,13 @@ def _kernel(
 def scan(
     x_seq: Tensor, v: Tensor, acc: Tensor, *, theta: Tensor, lo: int, hi: int, burst: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(spikes (T, ...) in int8, v, acc) of T steps. x_seq: (T, ...), float32 or float64; v, acc: (...).
-
-    Spikes come in int16 when bursts may leave the range of int8.
-    """
+    """(spikes (T, ...) in `spike_type`, v, acc) of T steps. x_seq: (T, ...), float32 or float64; v, acc: (...)."""
     x_seq, v, acc = x_seq.contiguous(), v.contiguous(), acc.contiguous()
     theta = theta.to(x_seq)
     if theta.dim():
         theta = theta.expand(x_seq.shape[1:]).contiguous()
     most = min(burst, hi - lo)
-    spikes = torch.empty(x_seq.shape, dtype=torch.int8 if most <= 127 else torch.int16, device=x_seq.device)
+    spikes = torch.empty(x_seq.shape, dtype=spike_type(lo, hi, burst), device=x_seq.device)
     v_end, acc_end, neurons = torch.empty_like(v), torch.empty_like(acc), v.numel()
     _kernel[(triton.cdiv(neurons, BLOCK),)](
         x_seq, v, acc, theta, spikes, v_end, acc_end, len(x_seq), neurons, int(theta.dim() > 0),
