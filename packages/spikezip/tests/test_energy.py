@@ -3,7 +3,7 @@ import torch
 from small_models import IMAGES, TEXT, calibrated, timm_vit, transformers_model
 from spikezip import convert
 from spikezip.energy import ELEMENT_MACS, _fan_out, measure
-from spikezip.schedules import search
+from spikezip.schedules import _beats, search
 from spikezip.testbed import count_by_hand
 from tenfold_shared.errors import UserError
 from torch import nn
@@ -129,6 +129,9 @@ def test_rows_without_a_spike_are_counted(small_qann):
     assert report.rows == result.steps * 3 * (4 * 5 + 1)
     assert report.rows_touched == touched + int((head != 0).any(-1).sum())
     assert 0 < report.skippable < 1
+    unquantised = convert(calibrated(tiny(), IMAGES[..., :4, :4], skip=["blocks.0.norm1"]))
+    report, result = measure(unquantised, IMAGES[..., :4, :4])
+    assert report.rows == result.steps * 3 * (3 * 5 + 1), "rows of inputs that are no spikes do not count"
 
 
 def test_the_search_of_schedules_marks_the_front(small_qann):
@@ -147,6 +150,29 @@ def test_the_search_of_schedules_marks_the_front(small_qann):
     assert (plain.steps, plain.accumulations) == (result.steps, report.total_ac // 3)
     with pytest.raises(UserError, match="no schedule settled within 2 steps"):
         search(snn, IMAGES, max_steps=2)
+
+
+def test_memory_by_hand(small_qann):
+    report, _ = measure(convert(small_qann), IMAGES)
+    memory, weights = report.memory(), sum(p.numel() for n, p in small_qann.named_parameters() if not n.endswith(".s"))
+    assert memory["ANN fp32"] == {"weights": 4 * weights, "state": 0, "weight reads": 4 * report.total_ann_macs // 3}
+    assert memory["QANN int8"] == {"weights": weights, "state": 0, "weight reads": report.total_ann_macs // 3}
+    reads = 4 * (report.total_ac + report.total_mac) // 3
+    assert memory["SNN"] == {"weights": 4 * weights, "state": 5 * report.neurons // 3, "weight reads": reads}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "beats"),
+    [
+        ((4, 9), (5, 9), True),
+        ((5, 8), (5, 9), True),
+        ((5, 9), (5, 9), False),
+        ((4, 10), (5, 9), False),
+        ((4, 8), (5, 9), True),
+    ],
+)
+def test_a_schedule_beats_another(one, other, beats):
+    assert _beats(one, other) is beats
 
 
 def test_language_models_are_counted():

@@ -159,10 +159,54 @@ def test_encoders_end_in_the_same_state(small_qann, engine):
     assert torch.equal(snn.run(frames, encoder=EventFrames(3), max_steps=200).logits, call(small_qann, frames.sum(0)))
 
 
+def test_nothing_settles_before_the_input_has_ended(small_qann):
+    """A network that is quiet while it waits for its input is not at rest."""
+    frames = torch.zeros(60, *IMAGES.shape)
+    frames[59] = IMAGES
+    result = convert(small_qann).run(frames, encoder=EventFrames(60), max_steps=200)
+    assert int(result.spikes.moving.sum(1)[50:59].sum()) == 0, "it was quiet"
+    assert result.converged and torch.equal(result.logits, call(small_qann, frames.sum(0)))
+
+
+def test_nothing_settles_before_every_stage_has_started(small_qann):
+    snn = convert(small_qann)
+    snn.set_schedule(delay=25)
+    result = snn.run(IMAGES, max_steps=1000)
+    assert int((result.spikes.moving.sum(1) == 0).sum()) > 1, "it was quiet in between"
+    assert result.converged and torch.equal(result.logits, call(small_qann, IMAGES))
+
+
+class Tokens(nn.Module):
+    """Neurons on a constant of five tokens, which no sample owns."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.first, self.last = nn.Parameter(torch.randn(5, 6)), nn.LayerNorm(6), nn.LayerNorm(6)
+
+    def forward(self, x):
+        return self.last(x + self.first(self.tokens)).mean(1)
+
+
+def test_neurons_that_no_sample_owns_are_counted_once():
+    x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    snn = convert(calibrated(Tokens(), x))
+    snn.clock.keep_trains = "*"
+    result = snn.run(x)
+    assert result.converged and torch.equal(result.logits, call(snn.qann, x))
+    for i, name in enumerate(result.spikes.layers):
+        train = torch.stack(snn.model.get_submodule(name).calls[0].train)
+        assert torch.equal(result.spikes.moving[:, i], (train != 0).flatten(1).sum(1))
+    assert result.certificate.neurons == 5 * 6 + 3 * 5 * 6
+
+
 def test_retired_samples_leave_the_batch(small_qann):
     snn = convert(small_qann, dtype=torch.float64)
-    result = snn.run(IMAGES, retire=True)
-    whole = snn.run(IMAGES)
+    images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+    images = images[snn.run(images).per_sample_steps.argsort()]
+    result = snn.run(images, retire=True)
+    whole = snn.run(images)
+    assert whole.per_sample_steps[0] < whole.per_sample_steps[-1], "the first one leaves first"
     assert torch.equal(result.per_sample_steps, whole.per_sample_steps)
     assert torch.allclose(result.logits, whole.logits, atol=1e-12)
 

@@ -50,6 +50,8 @@ def test_constant_drive_settles_on_the_quantiser_in_at_most_hi_minus_lo_steps(lo
         out = node(x)
     assert torch.equal(node.acc, levels(x, THETA, lo, hi))
     assert torch.equal(out, Quantizer_of(lo, hi)(x))
+    leap = STBIFPlusNode(THETA, lo, hi, input_form="drive", burst=burst)
+    assert torch.equal(leap(x), out.clamp(-burst * THETA, burst * THETA)), "as far as a burst goes in one step"
     assert torch.equal(node(x), out), "an equilibrium stays"
 
 
