@@ -13,7 +13,7 @@ from spikezip.workbench import quantized
 from typer.testing import CliRunner
 
 COMMANDS = (
-    "demo", "quantize", "calibrate", "train", "convert", "eval", "energy", "stats", "inspect", "import-official", "export", "bench",
+    "demo", "quantize", "calibrate", "train", "convert", "eval", "energy", "schedules", "stats", "inspect", "import-official", "export", "bench",
 )  # fmt: skip
 runner = CliRunner()
 
@@ -64,6 +64,8 @@ def test_every_stage_by_command(tmp_path, qann, data):
     assert "0 of" in run("eval", snn, "--data", data).output
     cost = json.loads(run("energy", snn, "--data", data, "--delay", 1, "--json").stdout)
     assert {"ANN fp32", "QANN int8", "SNN"} <= set(cost[0])
+    front = json.loads(run("schedules", snn, "--data", data, "--delay", 0, "--burst", 1, "--burst", 2, "--json").stdout)
+    assert [row["burst"] for row in front] == [2, 1] and front[0]["on the front"]
     table = tmp_path / "spikes.csv"
     assert len(json.loads(run("stats", snn, "--data", data, "--csv", table, "--json").stdout)) == 22
     assert table.read_text().startswith("layer,neurons")

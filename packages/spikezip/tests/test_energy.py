@@ -3,6 +3,7 @@ import torch
 from small_models import IMAGES, TEXT, calibrated, timm_vit, transformers_model
 from spikezip import convert
 from spikezip.energy import ELEMENT_MACS, _fan_out, measure
+from spikezip.schedules import _beats, search
 from spikezip.testbed import count_by_hand
 from tenfold_shared.errors import UserError
 from torch import nn
@@ -110,6 +111,68 @@ def test_reports_have_all_three_and_the_prices_are_right(small_qann):
     assert full["SNN"] > paper["SNN"] and full["ANN fp32"] > paper["ANN fp32"]
     assert set(report.elements) <= set(ELEMENT_MACS)
     assert report.elements["layer norm"] > report.ann_elements["layer norm"]
+
+
+def test_rows_without_a_spike_are_counted(small_qann):
+    """Token skipping's share, against the trains of the spikes themselves."""
+    snn = convert(calibrated(tiny(), IMAGES[..., :4, :4]))
+    snn.clock.keep_trains = "*"
+    report, result = measure(snn, IMAGES[..., :4, :4])
+    before = {"blocks.0.norm1.1": 1, "blocks.0.attn.after_attn_quan": 0, "blocks.0.norm2.1": 1, "blocks.0.mlp.act.0": 1}
+    touched = 0
+    for name in before:
+        train = torch.stack(snn.model.get_submodule(name).calls[0].train)
+        if name.endswith("after_attn_quan"):
+            train = train.transpose(2, 3).flatten(3)
+        touched += int((train != 0).any(-1).sum())
+    head = torch.stack(snn.model.get_submodule("norm.1").calls[0].train)[:, :, 0]
+    assert report.rows == result.steps * 3 * (4 * 5 + 1)
+    assert report.rows_touched == touched + int((head != 0).any(-1).sum())
+    assert 0 < report.skippable < 1
+    unquantised = convert(calibrated(tiny(), IMAGES[..., :4, :4], skip=["blocks.0.norm1"]))
+    report, result = measure(unquantised, IMAGES[..., :4, :4])
+    assert report.rows == result.steps * 3 * (3 * 5 + 1), "rows of inputs that are no spikes do not count"
+
+
+def test_the_search_of_schedules_marks_the_front(small_qann):
+    snn = convert(small_qann)
+    snn.set_schedule(delay=3)
+    found = search(snn, IMAGES, delays=(0, 1), bursts=(1, 4))
+    assert {(s.delay, s.burst) for s in found} == {(0, 1), (0, 4), (1, 1), (1, 4)} and snn.clock.delay == 3
+    assert [s.steps for s in found] == sorted(s.steps for s in found) and found[0].best
+    for s in found:
+        better = [o for o in found if o.steps <= s.steps and o.accumulations <= s.accumulations and o != s]
+        assert s.best == (not better)
+    assert any(not s.best for s in found), "or the marking shows nothing"
+    snn.set_schedule(delay=0)
+    report, result = measure(snn, IMAGES, max_steps=200)
+    plain = next(s for s in found if (s.delay, s.burst) == (0, 1))
+    assert (plain.steps, plain.accumulations) == (result.steps, report.total_ac // 3)
+    with pytest.raises(UserError, match="no schedule settled within 2 steps"):
+        search(snn, IMAGES, max_steps=2)
+
+
+def test_memory_by_hand(small_qann):
+    report, _ = measure(convert(small_qann), IMAGES)
+    memory, weights = report.memory(), sum(p.numel() for n, p in small_qann.named_parameters() if not n.endswith(".s"))
+    assert memory["ANN fp32"] == {"weights": 4 * weights, "state": 0, "weight reads": 4 * report.total_ann_macs // 3}
+    assert memory["QANN int8"] == {"weights": weights, "state": 0, "weight reads": report.total_ann_macs // 3}
+    reads = 4 * (report.total_ac + report.total_mac) // 3
+    assert memory["SNN"] == {"weights": 4 * weights, "state": 5 * report.neurons // 3, "weight reads": reads}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "beats"),
+    [
+        ((4, 9), (5, 9), True),
+        ((5, 8), (5, 9), True),
+        ((5, 9), (5, 9), False),
+        ((4, 10), (5, 9), False),
+        ((4, 8), (5, 9), True),
+    ],
+)
+def test_a_schedule_beats_another(one, other, beats):
+    assert _beats(one, other) is beats
 
 
 def test_language_models_are_counted():

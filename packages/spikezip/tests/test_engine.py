@@ -44,7 +44,7 @@ def test_depth_twelve():
     assert found.bitwise and not found.mismatches
 
 
-@pytest.mark.parametrize("family", ["timm-vit", "timm-vit-gelu", "timm-deit", "torchvision-vit", "transformers-vit", "bert", "roberta"])  # fmt: skip
+@pytest.mark.parametrize("family", FAMILIES)
 def test_event_engine_in_float64_and_with_resync(family):
     make, inputs = FAMILIES[family]
     qann = calibrated(make(), inputs)
@@ -104,6 +104,8 @@ def test_stable_and_confident_stops(small_qann):
     snn = convert(small_qann)
     stable = snn.run(IMAGES, stop="stable", patience=2)
     assert stable.steps <= snn.run(IMAGES).steps
+    patient = snn.run(IMAGES, stop="stable", patience=4, return_trajectory=True)
+    assert patient.steps >= 5 and len(patient.trajectory[-5:].argmax(-1).unique(dim=0)) == 1
     sure = snn.run(IMAGES, stop="confident", confidence=0.01, patience=2, return_trajectory=True)
     assert sure.steps == 2 and sure.per_sample_steps.tolist() == [2, 2, 2]
     assert torch.equal(sure.logits, sure.trajectory[1])
@@ -140,19 +142,75 @@ def test_streaming_goes_on_from_the_last_frame(small_qann, engine):
     assert following.spikes.total < 0.7 * first.spikes.total
 
 
+def test_a_stream_of_sentences_goes_on_too():
+    """Token indices change without a reset; the embeddings send the difference."""
+    snn = convert(calibrated(FAMILIES["bert"][0](), TEXT), engine="event", dtype=torch.float64, resync=False)
+    snn.run(TEXT, max_steps=200)
+    other = {**TEXT, "input_ids": TEXT["input_ids"].flip(0).roll(1, 1)}
+    following = snn.run(other, max_steps=200, reset=False)
+    assert following.converged and torch.allclose(following.logits, call(snn.qann, other), atol=1e-12)
+    assert not torch.allclose(following.logits, call(snn.qann, TEXT), atol=1e-3)
+
+
 @pytest.mark.parametrize("engine", ["drive", "event"])
 def test_encoders_end_in_the_same_state(small_qann, engine):
     snn = convert(small_qann, engine=engine)
     wanted = call(small_qann, IMAGES)
     assert torch.equal(snn.run(IMAGES, encoder=Rate(5), max_steps=200).logits, wanted)
+    assert torch.equal(Rate(4).accumulated(IMAGES, 1), IMAGES * 0.5)
     frames = torch.stack([IMAGES / 2, IMAGES / 4, IMAGES / 4])
     assert torch.equal(snn.run(frames, encoder=EventFrames(3), max_steps=200).logits, call(small_qann, frames.sum(0)))
 
 
+def test_nothing_settles_before_the_input_has_ended(small_qann):
+    """A network that is quiet while it waits for its input is not at rest."""
+    frames = torch.zeros(60, *IMAGES.shape)
+    frames[59] = IMAGES
+    result = convert(small_qann).run(frames, encoder=EventFrames(60), max_steps=200)
+    assert int(result.spikes.moving.sum(1)[50:59].sum()) == 0, "it was quiet"
+    assert result.converged and torch.equal(result.logits, call(small_qann, frames.sum(0)))
+
+
+def test_nothing_settles_before_every_stage_has_started(small_qann):
+    snn = convert(small_qann)
+    snn.set_schedule(delay=25)
+    result = snn.run(IMAGES, max_steps=1000)
+    assert int((result.spikes.moving.sum(1) == 0).sum()) > 1, "it was quiet in between"
+    assert result.converged and torch.equal(result.logits, call(small_qann, IMAGES))
+
+
+class Tokens(nn.Module):
+    """Neurons on a constant of five tokens, which no sample owns."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.first, self.last = nn.Parameter(torch.randn(5, 6)), nn.LayerNorm(6), nn.LayerNorm(6)
+
+    def forward(self, x):
+        return self.last(x + self.first(self.tokens)).mean(1)
+
+
+def test_neurons_that_no_sample_owns_are_counted_once():
+    x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    snn = convert(calibrated(Tokens(), x))
+    snn.clock.keep_trains = "*"
+    result = snn.run(x)
+    assert result.converged and torch.equal(result.logits, call(snn.qann, x))
+    for i, name in enumerate(result.spikes.layers):
+        train = torch.stack(snn.model.get_submodule(name).calls[0].train)
+        assert torch.equal(result.spikes.moving[:, i], (train != 0).flatten(1).sum(1))
+    assert result.certificate.neurons == 5 * 6 + 3 * 5 * 6
+
+
 def test_retired_samples_leave_the_batch(small_qann):
     snn = convert(small_qann, dtype=torch.float64)
-    result = snn.run(IMAGES, retire=True)
-    whole = snn.run(IMAGES)
+    images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+    images *= torch.linspace(0, 4, 8).reshape(-1, 1, 1, 1)
+    images = images[snn.run(images).per_sample_steps.argsort()]
+    result = snn.run(images, retire=True)
+    whole = snn.run(images)
+    assert whole.per_sample_steps[0] + 1 < whole.per_sample_steps[-1], "the first one leaves while others go on"
     assert torch.equal(result.per_sample_steps, whole.per_sample_steps)
     assert torch.allclose(result.logits, whole.logits, atol=1e-12)
 
@@ -243,13 +301,38 @@ def test_training_mode_dropout_and_autocast(small_qann):
             snn.run(IMAGES)
 
 
-def test_event_engine_refuses_what_increments_cannot_pass():
+class Written(nn.Module):
+    """A function written into a forward, after a linear map and its quantiser."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.norm, self.linear2, self.function = nn.LayerNorm(6), nn.Linear(6, 4), function
+
+    def forward(self, x):
+        return self.function(self.linear2(self.norm(x)))
+
+
+@pytest.mark.parametrize("function", [torch.relu, torch.tanh, nn.functional.gelu, lambda x: x.softmax(-1)])
+def test_event_engine_refuses_functions_of_increments(function):
+    """Also a ReLU, of what may be negative."""
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    qann = calibrated(Written(function), x)
+    with pytest.raises(ConversionError, match=r"the model \(Written\).*nonlinear function"):
+        convert(qann, engine="event").run(x)
+    assert compare(convert(qann), x).bitwise, "the drive engine takes them"
+
+
+def test_a_relu_of_what_is_never_negative_lets_increments_pass():
+    """DistilBERT's head, before which a spike that is taken back must arrive."""
     make, inputs = FAMILIES["distilbert"]
-    with pytest.raises(ConversionError, match=r"nonlinear function.*relu"):
-        convert(calibrated(make(), inputs), engine="event").run(inputs)
-    make, inputs = FAMILIES["albert"]
-    with pytest.raises(ConversionError, match=r"albert.*called 2 times"):
-        convert(calibrated(make(), inputs), engine="event").run(inputs)
+    snn = convert(calibrated(make(), inputs), engine="event", dtype=torch.float64, resync=False)
+    result = snn.run(inputs, max_steps=300)
+    head = result.spikes.layers.index("pre_classifier.1")
+    assert result.spikes.negative[:, head].sum() > 0, "or the test shows nothing"
+    assert torch.allclose(result.logits, call(snn.qann, inputs), atol=1e-12)
+
+
+def test_event_engine_refuses_unknown_constants():
     model = timm_vit()
     model.blocks[0].temperature = nn.Parameter(torch.ones(1))
     with pytest.raises(ConversionError, match=r"blocks\.0\.temperature"):

@@ -1,4 +1,8 @@
 import copy
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -25,8 +29,8 @@ def test_event_form_is_the_tracker_of_limited_slew():
     for x in x_seq:
         o, v, acc = stbif_plus_step(x, v, acc=acc, theta=THETA, lo=-4, hi=3)
         total = total + x
-        before, tracked = tracked, drive_step(total, tracked, theta=THETA, lo=-4, hi=3)
-        assert torch.equal(acc, tracked) and torch.equal(o, tracked - before)
+        spikes, tracked = drive_step(total, tracked, theta=THETA, lo=-4, hi=3)
+        assert torch.equal(acc, tracked) and torch.equal(o, spikes)
 
 
 def test_charge_is_conserved():
@@ -46,6 +50,8 @@ def test_constant_drive_settles_on_the_quantiser_in_at_most_hi_minus_lo_steps(lo
         out = node(x)
     assert torch.equal(node.acc, levels(x, THETA, lo, hi))
     assert torch.equal(out, Quantizer_of(lo, hi)(x))
+    leap = STBIFPlusNode(THETA, lo, hi, input_form="drive", burst=burst)
+    assert torch.equal(leap(x), out.clamp(-burst * THETA, burst * THETA)), "as far as a burst goes in one step"
     assert torch.equal(node(x), out), "an equilibrium stays"
 
 
@@ -88,7 +94,8 @@ def test_compiled_spikes_are_identical():
         compiled = stbif_plus_multi_step(x_seq, torch.full((256,), 0.5), **start, backend="compile")
     finally:
         torch._dynamo.reset()
-    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+    assert compiled[0].dtype == torch.int8 and compiled[0].abs().max() == 1
+    assert all(torch.equal(a, b.float()) for a, b in zip(eager, compiled, strict=True))
 
 
 def test_no_compiler_falls_back_with_one_warning(monkeypatch):
@@ -103,6 +110,86 @@ def test_no_compiler_falls_back_with_one_warning(monkeypatch):
     start = {"acc": torch.zeros(8), "theta": torch.tensor(0.3), "lo": -8, "hi": 7}
     with pytest.warns(UserWarning, match="no compiler"):
         spikes, _, _ = stbif_plus_multi_step(x_seq, torch.full((8,), 0.5), **start, backend="compile")
+    assert torch.equal(spikes, stbif_plus_multi_step(x_seq, torch.full((8,), 0.5), **start)[0])
+
+
+INTERPRETED = """
+import torch
+from spikezip.functional import _scan
+from spikezip.triton_scan import scan
+torch.manual_seed(0)
+for kind in (torch.float32, torch.float64):
+    for theta in (torch.tensor(0.3), torch.rand(37) + 0.1):
+        for (lo, hi), burst, scale in (((-8, 7), 1, 1), ((0, 15), 3, 1), ((-300, 300), 1000, 60)):
+            x = scale * torch.randn(9, 29, 37, dtype=kind)
+            start = (torch.full((29, 37), 0.5, dtype=kind), torch.zeros(29, 37, dtype=kind))
+            wanted = _scan(x, *start, theta.to(kind), lo, hi, burst)
+            spikes, v, acc = scan(x, *start, theta=theta, lo=lo, hi=hi, burst=burst)
+            assert spikes.dtype == (torch.int16 if burst > 127 else torch.int8)
+            assert wanted[0].abs().max() > (0 if burst == 1 else 1)
+            for got, want in zip((spikes.to(kind), v, acc), wanted, strict=True):
+                assert torch.equal(got, want), (kind, lo, burst)
+print("identical")
+"""
+
+
+def test_the_triton_kernel_gives_identical_spikes():
+    pytest.importorskip("triton", reason="triton comes with torch on Linux only")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    out = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert out.stdout.strip() == "identical", out.stderr[-2000:]
+
+
+def test_the_triton_kernel_compiles_for_a_gpu_with_rounded_division():
+    """To machine code, without a GPU; a division that is only nearly rounded would give other spikes."""
+    triton = pytest.importorskip("triton", reason="triton comes with torch on Linux only")
+    from spikezip.triton_scan import _kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    for kind, division in (("fp32", "div.rn.f32"), ("fp64", "div.rn.f64")):
+        types = {
+            "steps": "i32",
+            "neurons": "i32",
+            "theta_stride": "i32",
+            "spikes_ptr": "*i8",
+            "lo": "fp32",
+            "hi": "fp32",
+        }
+        types |= {"burst": "fp32", "SINGLE": "constexpr", "BLOCK": "constexpr"}
+        signature = {name: types.get(name, f"*{kind}") for name in _kernel.arg_names}
+        source = ASTSource(_kernel, signature, {"SINGLE": kind == "fp32", "BLOCK": 512})
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+        assert set(re.findall(r"div\.[a-z0-9.]+", made["ptx"])) == {division} and len(made["cubin"]) > 1000
+        assert "fma" not in made["ptx"], "a fused multiply-add would round once where the other paths round twice"
+
+
+def test_automatic_backend_takes_triton_on_cuda_when_nothing_is_learned(monkeypatch):
+    """The dispatch alone: a tensor that says it is on CUDA, and the kernel's wrapper replaced."""
+    from spikezip import functional as ours
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    taken = []
+    monkeypatch.setattr(ours, "_scan_triton", lambda *a: taken.append("triton") or ours._scan(*a))
+    start = {"acc": torch.zeros(4), "theta": torch.tensor(0.3), "lo": -8, "hi": 7}
+    x_seq, v = torch.randn(3, 4), torch.full((4,), 0.5)
+    stbif_plus_multi_step(x_seq, v, **start)
+    assert not taken
+    stbif_plus_multi_step(x_seq.as_subclass(OnCuda), v, **start)
+    assert taken == ["triton"]
+    stbif_plus_multi_step(x_seq.as_subclass(OnCuda), v, **{**start, "theta": torch.tensor(0.3, requires_grad=True)})
+    assert taken == ["triton"], "gradients need the eager path"
+
+
+def test_triton_without_cuda_falls_back_with_a_warning():
+    from spikezip import functional as ours
+
+    ours._warn_eager.cache_clear()
+    x_seq, start = torch.randn(3, 8), {"acc": torch.zeros(8), "theta": torch.tensor(0.3), "lo": -8, "hi": 7}
+    with pytest.warns(UserWarning, match="triton is not to be had here.*on cpu"):
+        spikes, _, _ = stbif_plus_multi_step(x_seq, torch.full((8,), 0.5), **start, backend="triton")
     assert torch.equal(spikes, stbif_plus_multi_step(x_seq, torch.full((8,), 0.5), **start)[0])
 
 

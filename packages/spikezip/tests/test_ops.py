@@ -38,12 +38,24 @@ def test_convolution_with_borders_and_stride():
     assert torch.allclose(summed(ops.SpikeConv2d(source), x), source(x.sum(0)), atol=1e-12)
 
 
-def test_embedding_speaks_once():
+def test_embedding_speaks_once_and_again_when_its_indices_change():
     source = nn.Embedding(9, 4)
     op = ops.SpikeEmbedding(source)
-    ids = torch.tensor([[1, 2, 8]])
+    ids, other = torch.tensor([[1, 2, 8]]), torch.tensor([[1, 3, 8]])
     assert torch.equal(op(ids), source(ids))
     assert not op(ids).any()
+    assert torch.equal(op(other), source(other) - source(ids))
+
+
+def test_a_shared_operator_has_a_state_for_each_call_in_a_step():
+    op, alone = ops.SpikeFn(torch.tanh), [ops.SpikeFn(torch.tanh), ops.SpikeFn(torch.tanh)]
+    x = increments(2, 3)
+    for step in x:
+        op.begin_step()
+        for part, single in zip(step, alone, strict=True):
+            assert torch.equal(op(part), single(part))
+    functional.reset_net(op)
+    assert op.called is None and torch.equal(op(x[0]), torch.tanh(x[0]))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])

@@ -87,6 +87,25 @@ def test_encoder_layer_takes_no_fused_path():
     )
 
 
+def test_masks_mean_what_the_libraries_mean():
+    """Boolean masks mark what is seen in timm and what is hidden in torch; causal ones hide what comes later."""
+    from spikezip.qann.attention import MultiheadAttention, TimmAttention
+    from timm.layers.attention import Attention
+
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 5, 8), torch.eye(5).roll(1, 1).bool() | torch.eye(5).bool()
+    ours, theirs = Attention(8, num_heads=2).eval(), nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    fine = {"levels": 1 << 20, "attn_levels": 1 << 20}
+    timm_like, torch_like = TimmAttention(ours, **fine).eval(), MultiheadAttention(theirs, **fine).eval()
+    for quantizer in (*quantizers(timm_like).values(), *quantizers(torch_like).values()):
+        quantizer.s.data.fill_(1e-4)
+    with torch.no_grad():
+        assert torch.allclose(timm_like(x, attn_mask=mask), ours(x, attn_mask=mask), atol=2e-3)
+        assert torch.allclose(timm_like(x, is_causal=True), ours(x, is_causal=True), atol=2e-3)
+        assert torch.allclose(torch_like(x, x, x, attn_mask=~mask)[0], theirs(x, x, x, attn_mask=~mask)[0], atol=2e-3)
+        assert not torch.allclose(ours(x, attn_mask=mask), ours(x), atol=1e-2), "or the masks show nothing"
+
+
 @pytest.mark.parametrize("make", [timm_vit, torchvision_vit, lambda: transformers_model("DistilBert")])
 def test_an_architecture_is_rebuilt_from_its_description(make):
     model = make()

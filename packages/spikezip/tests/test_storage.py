@@ -26,11 +26,12 @@ from torch import nn
 def test_saved_and_loaded_networks_give_the_same_bits(tmp_path, make, inputs):
     snn = convert(calibrated(make(), inputs, levels=8))
     snn.set_schedule(delay=1)
+    snn.set_burst(2)
     snn.save_pretrained(tmp_path / "snn")
     again = load(tmp_path / "snn")
     first, second = snn.run(inputs, max_steps=300), again.run(inputs, max_steps=300)
     assert torch.equal(first.logits, second.logits) and first.spikes.total == second.spikes.total
-    assert again.clock.delay == 1
+    assert (again.clock.delay, again.clock.burst) == (1, 2)
 
 
 def test_a_qann_alone_and_a_class_of_ones_own(tmp_path):

@@ -230,6 +230,31 @@ def energy(
         console.print(note, soft_wrap=True)
 
 
+@app.command(
+    epilog="Example: spikezip schedules snn --data digits --samples 20 --delay 0 --delay 1 --burst 1 --burst 4"
+)
+def schedules(
+    folder: Folder,
+    data: Data = "digits",
+    samples: Samples = 20,
+    delay: Annotated[list[int] | None, typer.Option(help="Delays to try; 0, 1 and 2 if not given.")] = None,
+    burst: Annotated[list[int] | None, typer.Option(help="Bursts to try; 1, 2 and 4 if not given.")] = None,
+    max_steps: Steps = 512,
+    seed: Seed = 0,
+    device: Device = "auto",
+    json: Json = False,
+    config: Config = None,
+) -> None:
+    """Steps and work of every pair of delay and burst, all of which end in the same logits."""
+    from spikezip import workbench as bench
+
+    rows = bench.scheduled(
+        folder, _data(data, seed).test(samples), delays=delay or [0, 1, 2], bursts=burst or [1, 2, 4],
+        max_steps=max_steps, device=device,
+    )  # fmt: skip
+    emit(Table("Schedules", ["delay", "burst", "steps", "accumulations a sample", "on the front"], rows), json)
+
+
 @app.command(epilog="Example: spikezip stats snn --data digits --samples 30")
 def stats(
     folder: Folder,
@@ -335,7 +360,7 @@ def export(
 def bench(
     steps: Annotated[int, typer.Option(help="Time-steps.", min=1)] = 32,
     neurons: Annotated[int, typer.Option(help="Neurons.", min=1)] = 400_000,
-    backend: Annotated[str, typer.Option(help="eager or compile.")] = "compile",
+    backend: Annotated[str, typer.Option(help="auto, eager, compile or triton.")] = "compile",
     seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,

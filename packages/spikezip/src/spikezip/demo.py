@@ -91,18 +91,18 @@ def _accuracy_figure(output: Path, curve: list[float], scores: dict[str, float],
 
 
 def _raster_figure(output: Path, train: list[torch.Tensor]) -> None:
-    """Spikes of one image's class token and first patches: upward in red, taken back in blue."""
+    """Spikes of one image's class token: upward in red, taken back in blue."""
     from tenfold_shared.figures import OURS, PEERS, save, style
 
-    spikes = torch.stack(train)[:, 0].flatten(1)[:, :192]
+    spikes = torch.stack(train)[:, 0, 0]
     with style() as plt:
         figure, axis = plt.subplots(figsize=(6.4, 4.4))
         for sign, colour, name in ((1, OURS, "+1"), (-1, PEERS[0], "-1, taking one back")):
             t, neuron = (spikes == sign).nonzero(as_tuple=True)
-            axis.scatter(t + 1, neuron, s=5, marker="|", color=colour, label=name, linewidths=1.2)
+            axis.scatter(t + 1, neuron, s=9, marker="s", color=colour, label=name, linewidths=0)
         axis.set(
             xlabel="time-step",
-            ylabel="neuron (two tokens of 96)",
+            ylabel="neuron of the class token",
             title="Spikes before the MLP's ReLU, block 2, one image",
         )
         axis.set_xlim(0, len(train) + 1)

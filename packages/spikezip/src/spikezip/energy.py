@@ -61,6 +61,10 @@ class EnergyReport:
     elements: dict[str, int] = field(default_factory=dict)
     """Elements computed anew, by kind of memoryless function."""
     ann_elements: dict[str, int] = field(default_factory=dict)
+    rows: int = 0
+    """Rows (tokens) that linear maps of spikes had to work on if every step were dense."""
+    rows_touched: int = 0
+    """Those of them whose input spiked, the only ones that a step has to compute anew."""
     weights: int = 0
     neurons: int = 0
 
@@ -75,6 +79,11 @@ class EnergyReport:
     @property
     def total_ann_macs(self) -> int:
         return sum(self.ann_macs.values())
+
+    @property
+    def skippable(self) -> float:
+        """Share of the rows of linear maps that token skipping would leave out, over the whole run."""
+        return 1 - self.rows_touched / self.rows if self.rows else 0.0
 
     def paper(self) -> dict[str, float]:
         """Matrix products only, as papers count: microjoule a sample of ANN fp32, QANN int8 and SNN."""
@@ -243,6 +252,10 @@ class _Counter:
                 cost = _fan_out(module, args, i, events)
                 table = report.mac if source is None else report.ac
                 table[name] = table.get(name, 0) + cost
+                if isinstance(module, nn.Linear) and source is not None:
+                    touched = events.any(-1)
+                    report.rows += touched.numel()
+                    report.rows_touched += int(touched.sum())
                 if isinstance(module, Product):
                     report.accumulators += int(events.sum())
             return

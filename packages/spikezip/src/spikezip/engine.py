@@ -14,6 +14,7 @@ import copy
 import fnmatch
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from spikingjelly.activation_based import base
 from tenfold_shared.errors import UserError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from spikezip import ops
 from spikezip.encoders import Direct, checked, difference
@@ -55,10 +57,8 @@ class Clock:
     """Depth of the neurons met last in the first step."""
     unrolled: int = 0
     """Steps that one forward holds in its batch dimension; 0 for one step."""
-    moved: list[Tensor] = field(default_factory=list)
-    """Of this step: for each site and call, (B,) whether a sample's neurons fired."""
-    counts: list[Tensor] = field(default_factory=list)
-    """Of this step: for each site and call, (neurons that fired, sum of |o|, sum of o)."""
+    tallies: list[tuple[Tensor, ...]] = field(default_factory=list)
+    """Of this step: for each site and call (neurons that fired, sum of |o|, sum of o), each (B,)."""
     opened: int = 0
     """Calls met so far in the first step, which gives them their order."""
     held: bool = False
@@ -67,6 +67,8 @@ class Clock:
     """Keep membranes in drive form too, for event steps that may follow."""
     keep_trains: str | None = None
     """Pattern of sites whose spike trains are kept."""
+    unsigned: list[Tensor] = field(default_factory=list)
+    """Of this step, event form: what neurons with lo = 0 sent, which a ReLU must let pass."""
 
 
 @dataclass
@@ -111,16 +113,19 @@ class NeuronSite(STBIFPlusNode):
         clock, index = self.clock, self.called
         self.called += 1
         if self.explicit is not None:
-            acc = self.explicit[index] = drive_step(
-                x, self.explicit[index], theta=self.threshold(x), lo=self.lo, hi=self.hi, burst=clock.burst
-            )
-            return acc * self.threshold(x)
+            theta = self.threshold(x)
+            _, acc = drive_step(x, self.explicit[index], theta=theta, lo=self.lo, hi=self.hi, burst=clock.burst)
+            self.explicit[index] = acc
+            return acc * theta
         if index == len(self.calls):
             self._open(x, index)
         call = self.calls[index]
         if not clock.unrolled:
             self._fits(x, call)
-            return self._advance(x, call, clock.t)
+            out = self._advance(x, call, clock.t)
+            if clock.form == "event" and self.lo == 0:
+                clock.unsigned.append(out)
+            return out
         seq = x.reshape(clock.unrolled, x.shape[0] // clock.unrolled, *x.shape[1:])
         return torch.cat([self._advance(step, call, clock.t + i) for i, step in enumerate(seq)])
 
@@ -158,25 +163,36 @@ class NeuronSite(STBIFPlusNode):
         limits: dict[str, Any] = {"theta": theta, "lo": self.lo, "hi": self.hi, "burst": clock.burst}
         if clock.form == "event":
             if waiting:
-                call.v = call.v + x / theta
+                fired, call.v = torch.zeros_like(before), call.v + x / theta
             else:
-                _, call.v, call.acc = stbif_plus_step(x, call.v, acc=before, **limits)
-            sent = call.acc if call.fresh else call.acc - before
+                fired, call.v, call.acc = stbif_plus_step(x, call.v, acc=before, **limits)
+            sent = call.acc if call.fresh else fired
         else:
-            if not waiting:
-                call.acc = drive_step(x, before, **limits)
+            if waiting:
+                fired = torch.zeros_like(before)
+            else:
+                fired, call.acc = drive_step(x, before, **limits)
             call.v = x / theta + 0.5 - call.acc if clock.keep_v else call.v
             sent = call.acc
         call.fresh = False
-        fired = (call.acc - before).detach()
-        rows = clock.batch if len(fired) % clock.batch == 0 else 1
-        clock.moved.append(fired.reshape(rows, -1).any(1).expand(clock.batch))
-        clock.counts.append(
-            torch.stack((fired.count_nonzero().double(), fired.abs().sum().double(), fired.sum().double()))
-        )
+        clock.tallies.append(self._tally(fired.detach()))
         if clock.keep_trains and fnmatch.fnmatch(self.path, clock.keep_trains):
-            call.train.append(fired.to(torch.int8))
+            call.train.append(fired.detach().to(torch.int8))
         return sent * theta
+
+    def _tally(self, fired: Tensor) -> tuple[Tensor, ...]:
+        """(neurons that fired, sum of |o|, sum of o) of each sample; equal shares where samples cannot be told apart."""
+        batch = self.clock.batch
+        if len(fired) != batch:
+            fired = fired.reshape(batch if len(fired) % batch == 0 else 1, -1)
+        inner = tuple(range(1, fired.dim()))
+        # Sums of whole numbers under 2^24 are exact in float32.
+        exact = torch.float64 if fired.dtype == torch.float64 else torch.float32
+        both, net = fired.abs().sum(inner, dtype=exact), fired.sum(inner, dtype=exact)
+        moving = both if self.clock.burst == 1 else fired.count_nonzero(inner)
+        if len(fired) == batch:
+            return moving, both, net
+        return tuple(x.double().expand(batch) / batch for x in (moving, both, net))
 
 
 @dataclass(frozen=True)
@@ -239,7 +255,11 @@ class SpikingModel(nn.Module):
         self.constants: dict[str, Tensor] = {}
         if engine == "event":
             self.constants = dict(_event_operators(self.model, ""))
-        self._guarded = engine != "event"
+        self.sites: list[NeuronSite] = [m for m in self.model.modules() if isinstance(m, NeuronSite)]
+        """The neurons' sites, in the order of registration."""
+        self.operators: list[ops.SpikeOperator] = [m for m in self.model.modules() if isinstance(m, ops.SpikeOperator)]
+        """The operators on increments; none in the drive engine."""
+        self._guarded, self._inline_relu = engine != "event", False
         self._stale = False
         self._logits: Tensor | None = None
         self._last_input: Any = None
@@ -253,11 +273,6 @@ class SpikingModel(nn.Module):
             for name, child in list(module._modules.items()):
                 if id(child) in made:
                     module._modules[name] = made[id(child)]
-
-    @property
-    def sites(self) -> list[NeuronSite]:
-        """The neurons' sites, in the order of registration."""
-        return [m for m in self.model.modules() if isinstance(m, NeuronSite)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -314,9 +329,11 @@ class SpikingModel(nn.Module):
         if torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"):
             raise ConversionError("autocast is active; it rounds what has to be exact", hint="leave the autocast block")
         clock = self.clock
-        clock.moved, clock.counts = [], []
+        clock.tallies, clock.unsigned = [], []
         for site in self.sites:
             site.called = 0
+        for operator in self.operators:
+            operator.begin_step()
         if clock.form == "drive":
             self._set_form("drive")
             self._logits = logits_of(_call(self.model, inputs))
@@ -330,10 +347,8 @@ class SpikingModel(nn.Module):
         return self._logits
 
     def _set_form(self, form: str) -> None:
-        if self.engine == "event":
-            for module in self.model.modules():
-                if isinstance(module, ops.SpikeOperator):
-                    module.form = form
+        for operator in self.operators:
+            operator.form = form
 
     def _increment(self, inputs: Any) -> Tensor:
         self._set_form("event")
@@ -341,18 +356,16 @@ class SpikingModel(nn.Module):
         if not first:
             inputs = difference(inputs, self._last_input)
         zeros = {} if first else {name: torch.zeros_like(value) for name, value in self.constants.items()}
+        passing = _PassRelu(self.clock)
         if self._guarded:
-            out = _call(self.model, inputs, zeros)
+            with passing if self._inline_relu else nullcontext():
+                out = _call(self.model, inputs, zeros)
         else:
             message = "applies a nonlinear function to single increments"
-            with forbid(self.model, _NONLINEAR, ConversionError, message, allowed=(ops.SpikeOperator, NeuronSite)):
+            guard = forbid(self.model, _NONLINEAR, ConversionError, message, allowed=(ops.SpikeOperator, NeuronSite))
+            with guard, passing:
                 out = _call(self.model, inputs, zeros)
-            self._guarded = True
-            if shared := next((site for site in self.sites if len(site.calls) > 1), None):
-                raise ConversionError(
-                    f"{shared.path} is called {len(shared.calls)} times a step; operators on increments keep one state",
-                    hint="use engine='drive' for models with shared layers",
-                )
+            self._guarded, self._inline_relu = True, passing.used
         out = logits_of(out)
         return out if self._logits is None else self._logits + out
 
@@ -462,9 +475,11 @@ class _Run:
 
     def observe(self, logits: Tensor, t: int) -> Tensor:
         clock = self.snn.clock
-        moved = torch.stack(clock.moved).any(0).cpu()
-        self.counts.append(torch.stack(clock.counts).tolist())
-        self.moving = int(sum(row[0] for row in self.counts[-1]))
+        moving, both, net = (torch.stack(rows) for rows in zip(*clock.tallies, strict=True))
+        moved = (both > 0).any(0).cpu()
+        counts = torch.stack([rows.sum(1, dtype=torch.float64) for rows in (moving, both, net)], dim=1)
+        self.counts.append(counts.tolist())
+        self.moving = round(sum(row[0] for row in self.counts[-1]))
         self.t = t + 1
         self.last_fired[self.active[moved]] = self.t
         self.quiet = ~moved
@@ -520,7 +535,7 @@ class _Run:
         names = [name for name, _, _ in calls]
         spikes = record(names, self.counts, levels=[call.acc for _, _, call in calls], samples=self.batch)
         waiting = [clock.t <= clock.delay * call.stage for _, _, call in calls]
-        last = [int(row[0]) for row in self.counts[-1]]
+        last = [round(row[0]) for row in self.counts[-1]]
         by_layer = {
             name: call.acc.numel() if late else moved
             for (name, _, call), late, moved in zip(calls, waiting, last, strict=True)
@@ -558,11 +573,26 @@ def _call_order(snn: SpikingModel) -> list[int]:
     return sorted(range(len(flat)), key=lambda i: flat[i].order)
 
 
+_RELU = {torch.relu, torch.Tensor.relu, nn.functional.relu}
 _NONLINEAR = {
-    torch.relu, torch.tanh, torch.sigmoid, torch.softmax, torch.Tensor.softmax, torch.Tensor.tanh, torch.Tensor.relu,
-    torch.Tensor.sigmoid, nn.functional.relu, nn.functional.gelu, nn.functional.silu, nn.functional.softmax,
-    nn.functional.tanh, nn.functional.sigmoid, nn.functional.layer_norm, nn.functional.scaled_dot_product_attention,
+    *_RELU, torch.tanh, torch.sigmoid, torch.softmax, torch.Tensor.softmax, torch.Tensor.tanh, torch.Tensor.sigmoid,
+    nn.functional.gelu, nn.functional.silu, nn.functional.softmax, nn.functional.tanh, nn.functional.sigmoid,
+    nn.functional.layer_norm, nn.functional.scaled_dot_product_attention,
 }  # fmt: skip
+
+
+class _PassRelu(TorchFunctionMode):
+    """Lets increments pass a ReLU that is written into a forward, where what they sum to is never negative."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.used = clock, False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _RELU and any(args[0] is sent for sent in self.clock.unsigned):
+            self.used = True
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def convert(

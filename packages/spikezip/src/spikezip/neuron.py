@@ -26,9 +26,6 @@ class STBIFPlusNode(neuron.BaseNode):
     not kept); `acc`, the tracer S. Both input forms support step modes "s", x of any shape, and "m", x of shape (T, ...).
     Gradients are straight-through; `theta` is a parameter that does not require a gradient until asked to.
 
-    A module that a network calls several times a step (shared layers) has one state for each call; `begin_step` starts
-    the count again.
-
     Raises ConversionError for a theta that is not finite and positive, UserError for bounds without 0, a burst under 1 or
     an unknown form, StateError when the input's shape changes without a reset.
     """
@@ -118,7 +115,7 @@ class STBIFPlusNode(neuron.BaseNode):
         theta = self.threshold(x)
         limits: dict[str, Any] = {"theta": theta, "lo": self.lo, "hi": self.hi, "burst": self.burst}
         if self.input_form == "drive":
-            acc = drive_step(x, acc, **limits)
+            _, acc = drive_step(x, acc, **limits)
             return (acc * theta,), (v, acc)
         spikes, v, acc = stbif_plus_step(x, v, acc=acc, **limits)
         return (spikes * theta,), (v, acc)

@@ -24,9 +24,38 @@ States = tuple[Any, ...]
 
 
 class SpikeOperator(base.MemoryModule):
-    """What the operators share: the form, and plain numbers as initial memories."""
+    """What the operators share: the form, plain numbers as initial memories, and a state for each call in a step.
+
+    An operator that a network calls several times a step (shared layers) needs to hear where a step begins: `begin_step`.
+    Without it there is one state, and every call is a step.
+    """
 
     form = "event"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: int | None = None
+        self.states: list[States] = []
+
+    def begin_step(self) -> None:
+        """The next call is the first of a step."""
+        self.called = 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.called, self.states = None, []
+
+    def single_step_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.called is None:
+            return super().single_step_forward(*args, **kwargs)
+        index = self.called
+        self.called += 1
+        if index == len(self.states):
+            self.states.append(tuple(self._memories_rv.values()))
+        self._memories.update(zip(self._memories, self.states[index], strict=True))
+        out = super().single_step_forward(*args, **kwargs)
+        self.states[index] = tuple(self._memories.values())
+        return out
 
     def _fill(self, state: Any, like: Tensor) -> Tensor:
         return state if isinstance(state, Tensor) else torch.zeros_like(like)
@@ -71,12 +100,12 @@ class SpikeConv2d(SpikeLinear):
 
 
 class SpikeEmbedding(SpikeOperator):
-    """nn.Embedding at step 0, zeros afterwards."""
+    """nn.Embedding: all of it at step 0, zeros while the indices stay, the difference when they change (streams)."""
 
     def __init__(self, source: nn.Embedding) -> None:
         super().__init__()
         self.embedding = source
-        self.register_memory("t", 0)
+        self.register_memory("y_last", 0.0)
 
     @property
     def weight(self) -> Tensor:
@@ -85,10 +114,8 @@ class SpikeEmbedding(SpikeOperator):
     def single_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: States, **kwargs: object
     ) -> tuple[tuple[Tensor, ...], States]:
-        out = self.embedding(inputs[0])
-        if self.form == "event" and states[0] > 0:
-            out = torch.zeros_like(out)
-        return (out,), (states[0] + 1,)
+        y = self.embedding(inputs[0])
+        return (y if self.form == "drive" else y - self._fill(states[0], y),), (y,)
 
 
 class SpikeMatmul(SpikeOperator):

@@ -118,12 +118,12 @@ BAD = ("bad", "poor", "dull", "ugly", "dark", "cold", "stupid", "flat", "stale",
 RARE_GOOD = ("superb", "radiant", "deft", "luminous", "exquisite", "sublime")
 RARE_BAD = ("dreadful", "wooden", "turgid", "insipid", "ghastly", "vapid")
 THINGS = ("plot", "cast", "score", "film", "ending", "script", "camera", "hero", "scene", "story")
-TOKENS = 32
+TOKENS = 24
 
 
 @dataclass
 class Sentiment:
-    """Token ids and masks (N, 32), labels (N,): 1 when the sentence's verdict is good."""
+    """Token ids and masks (N, 24), labels (N,): 1 when the sentence's verdict is good."""
 
     train: dict[str, Tensor]
     test: dict[str, Tensor]
