@@ -121,6 +121,8 @@ def _probed_panels(plt: Any, history: Sequence[Record]) -> list[tuple[str, Any]]
     signs, axes = plt.subplots(1, 3, figsize=(11, 3))
     axes[0].plot(steps, series("drop_ratio"), color=OURS)
     axes[0].set(title="drop: |Δ−| / |Δ+|", xlabel="step", yscale="log")
+    for labels in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        labels("{x:g}")
     axes[1].plot(steps, _numbers(series("chosen_share")), label="chosen's share of the margin")
     axes[1].plot(steps, _numbers(series("chosen_drawdown")), label="chosen's drawdown, nats/token")
     axes[1].axhline(0, color="#999", linewidth=0.8)
@@ -135,7 +137,7 @@ def _probed_panels(plt: Any, history: Sequence[Record]) -> list[tuple[str, Any]]
             axes[2].plot(steps, _numbers(series(key)), label=label)
     axes[2].set(title="dispersion", xlabel="step", yscale="symlog")
     for axis in axes[1:]:
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.28))
     gradients, axes = plt.subplots(1, 2, figsize=(10, 3))
     for axis, suffix, title in ((axes[0], "", "log |∂ℓ/∂π|"), (axes[1], "_per_token", "log |∂ℓ/∂π| per token")):
         axis.plot(steps, series(f"log_grad_chosen{suffix}"), label="chosen", color=PEERS[0])
