@@ -215,7 +215,8 @@ def test_the_command_on_two_processes_is_one(world: dict[str, Path], tmp_path: P
     launch = ["--standalone", "--nproc_per_node=2", "--master_addr=127.0.0.1", "--master_port=0"]
     arguments = [str(a) for a in train_arguments(world, tmp_path / "two", *common)]
     arguments[arguments.index("--per_device_train_batch_size") + 1] = "2"
-    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "dpo3d"]
+    # Without the two dashes torchrun takes `--monitor` for an abbreviation of its own options.
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "--", "dpo3d"]
     settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*command, *arguments, "--json"], env=settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
