@@ -134,14 +134,11 @@ def test_audit_errors(world: dict[str, Path], tmp_path: Path) -> None:
     assert "neither a data file here nor a dataset" in audit("someone/some-pairs")
     assert "does not exist" in audit(world["pairs"], folder / "no-model")
     assert "neither a folder here nor a model" in audit(world["pairs"], "someone/some-model")
-    (folder / "damaged").mkdir(exist_ok=True)
+    (folder / "half").mkdir(exist_ok=True)
     for file in world["model"].iterdir():
-        (folder / "damaged" / file.name).write_bytes(
-            file.read_bytes()[:200] if file.suffix == ".safetensors" else file.read_bytes()
-        )
-    assert "could not be loaded" in audit(world["pairs"], folder / "damaged") or "damaged" in audit(
-        world["pairs"], folder / "damaged"
-    )
+        whole = file.read_bytes()
+        (folder / "half" / file.name).write_bytes(whole[:200] if file.suffix == ".safetensors" else whole)
+    assert "holds a damaged safetensors file" in audit(world["pairs"], folder / "half")
     assert "device is 'abacus'" in refused(
         "audit",
         "--model",
@@ -239,6 +236,9 @@ def test_train_from_a_config_file(world: dict[str, Path], tmp_path: Path) -> Non
     config = tmp_path / "config.yaml"
     config.write_text("beta_rejected: 0.02\nmax_steps: 1\n")
     assert "steps" in run(*train_arguments(world, tmp_path / "out", "--config", str(config))).stdout
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    # β− σ(−z) of a policy that is still its reference.
+    assert float(log[0]["dpo3d/weight_rejected"]) == pytest.approx(0.02 * 0.5)
 
 
 def test_train_errors(world: dict[str, Path], tmp_path: Path) -> None:

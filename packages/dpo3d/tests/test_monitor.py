@@ -111,7 +111,8 @@ def test_figures_are_what_scoring_says(watched: Any, sorter: Any) -> None:
     ]
     mass = sum(math.exp(s.total) for group in known for s in group) / 12
     assert last["off_pair_mass"] == pytest.approx(1 - mass, abs=1e-4)
-    assert last["band"].keys() == {"low", "high", "inside"} if "band" in last else monitor.history[3]["band"]
+    assert [r["step"] for r in monitor.history if "band" in r] == [0, 12]
+    assert monitor.history[3]["band"].keys() == {"low", "high", "inside"}
 
 
 def test_unseen_kinds(watched: Any) -> None:
