@@ -218,7 +218,7 @@ def scores(seed: int, name: str) -> testbed.Scores:
     elif name in REWARD:
         model = REWARD[name](seed)
     else:
-        scenario, fields = testbed.METHODS[name]
+        scenario, fields = (testbed.METHODS | SLOWER)[name]
         model = testbed.align(supervised(seed), pairs_of(seed, scenario), seed, **fields).model
     found = testbed.measure(model, testbed.held_out(seed))
     with replace_atomically(file) as partial:
@@ -276,7 +276,12 @@ def digits_pathology(seeds: list[int]) -> list[Claim]:
 
 OURS_NAMES = ["flex.02", "flex.01", "sft.05", "flex.02+sft.05", "dpop"]
 TRL_NAMES = ["ipo", "hinge", "nca_pair", "sppo_hard", "apo_zero", "sigmoid+sft"]
-TUNED = ["dpo, lr 3e-4", "dpo, lr 1e-4", "dpo, lr 5e-5", "dpo, lr 3e-4, beta .03"]
+SLOWER: dict[str, tuple[int, dict[str, Any]]] = {
+    "dpo, lr 2e-5": (1, {"learning_rate": 2e-5}),
+    "dpo, lr 5e-5, beta .5": (1, {"learning_rate": 5e-5, "beta": 0.5}),
+}
+"""Settings of DPO beyond the package's list, so that its best learning rate and β lie inside what is searched."""
+TUNED = ["dpo, lr 3e-4", "dpo, lr 1e-4", "dpo, lr 5e-5", "dpo, lr 3e-4, beta .03", *SLOWER]
 
 
 OTHERS = ["TRL KTO", "TRL SimPO", "TRL ORPO"]
@@ -356,7 +361,7 @@ def digits_remedies(seeds: list[int]) -> list[Claim]:
         ),
         Claim(
             "digits-tuned-dpo", PAPER, "Digits: the remedy also beats DPO at its best learning rate and β",
-            "accuracy of a sample, ours less the best of five DPO settings (higher is better)",
+            "accuracy of a sample, ours less the best of seven DPO settings (higher is better)",
             mean(tuned), {n: accuracy[n] for n in ["dpo", *TUNED]}, "at least +0.1", mean(tuned) >= 0.1, seeds, spread(tuned),
             note=f"the best DPO setting is {best_dpo}, chosen on these very seeds",
         ),
