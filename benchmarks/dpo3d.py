@@ -30,6 +30,7 @@ from dpo3d import plots, testbed, toy
 from dpo3d.demo import held_out_pairs
 from dpo3d.diagnostics import audit_pairs
 from dpo3d.monitor import ThreeDMonitor
+from dpo3d.pairs import iterate
 from dpo3d.probe import ProbeSet
 from dpo3d.trl import FlexDPOConfig, FlexDPOTrainer
 from tenfold_shared.claims import Claim, run_benchmark, source_digest, spread
@@ -92,6 +93,7 @@ def toy_bars(seeds: list[int]) -> list[Claim]:
         control = toy.pretrain([1], stacked, settings)
         controls[activation] = toy.outcomes(toy.train(control, "dpo"))[0].chosen
     deeper = found["flex.02"][1].log10_rejected
+    banded = chosen("band", 1) - chosen("dpo", 1)
     return [
         Claim(
             "toy-dpo-stagnates", PAPER,
@@ -155,6 +157,37 @@ def toy_bars(seeds: list[int]) -> list[Claim]:
             spread((runs["flex.02"].rejected[-1, runs["flex.02"].scenario(1)].mean(-1) / plots.LN10).view(len(seeds), 4).mean(1).tolist()),
             note="It cannot: for the same margin Δ− = (β+ Δ+ − z) / β−. Flex-DPO works because the chosen keeps a live gradient.",
         ),
+        Claim(
+            "toy-band", PAPER, "Toy: keeping β+/β− inside the first-order band at every step mends DPO",
+            "gain in final chosen probability over DPO in S1 (higher is better)",
+            banded, {"DPO": chosen("dpo", 1), "band": chosen("band", 1), "flex.02": chosen("flex.02", 1)}, "at least +0.25", banded >= 0.25, seeds,
+            spread([a - b for a, b in zip(per_seed("band", 1), per_seed("dpo", 1), strict=True)]),
+            note="β− at half of what keeps the chosen from falling under a plain gradient step. Under Adam it is a diagnostic, not a cure.",
+        ),
+    ]  # fmt: skip
+
+
+def toy_underflow(seeds: list[int]) -> list[Claim]:
+    """The paper's 2000 epochs: what an average over the probabilities that float32 still holds makes of unseen answers."""
+    world = toy.pretrain([2, 3, 4], [100 * seed for seed in seeds])
+    run = toy.train(world, "dpo", toy.Settings(steps=2000))
+    outside = torch.ones(len(world.seeds), toy.PROMPTS, toy.ANSWERS, dtype=torch.bool)
+    outside.scatter_(-1, world.chosen.unsqueeze(-1), False).scatter_(-1, world.rejected.unsqueeze(-1), False)
+    probabilities = run.logps.exp() * outside
+    held = ((probabilities > 0) & outside).sum((-1, -2))
+    # Eight answers of four prompts; the average over those that are not exactly 0 is too large by this factor.
+    factor = outside.sum((-1, -2)) / held
+    last = factor[-1].view(3, len(seeds)).mean(0).tolist()
+    first_zero = [int((factor[:, r] > 1).float().argmax()) for r in range(factor.shape[1]) if factor[-1, r] > 1]
+    return [
+        Claim(
+            "toy-underflow", PAPER, "Toy: the late jump of the paper's curve of unseen answers is float32 underflow, not probability",
+            "average over the unseen answers that are not exactly 0, over the average of all, at epoch 2000 in S2 to S4",
+            mean(last), {"at epoch 600": float(factor[600].mean())}, "above 1.1 at epoch 2000, 1 at epoch 600",
+            mean(last) > 1.1 and float(factor[600].max()) == 1.0, seeds, spread(last),
+            note=f"the first exact 0 among unseen answers at epoch {min(first_zero, default=-1)}; with all five rejected ones at 0 the factor is 8/5. "
+            "This package sums masses in log space under a mask.",
+        )
     ]  # fmt: skip
 
 
@@ -182,8 +215,10 @@ def scores(seed: int, name: str) -> testbed.Scores:
         return testbed.Scores(**json.loads(file.read_text()))
     if name in OTHERS:
         model = other_trainer(seed, name)
+    elif name in REWARD:
+        model = REWARD[name](seed)
     else:
-        scenario, fields = testbed.METHODS[name]
+        scenario, fields = (testbed.METHODS | SLOWER)[name]
         model = testbed.align(supervised(seed), pairs_of(seed, scenario), seed, **fields).model
     found = testbed.measure(model, testbed.held_out(seed))
     with replace_atomically(file) as partial:
@@ -241,7 +276,12 @@ def digits_pathology(seeds: list[int]) -> list[Claim]:
 
 OURS_NAMES = ["flex.02", "flex.01", "sft.05", "flex.02+sft.05", "dpop"]
 TRL_NAMES = ["ipo", "hinge", "nca_pair", "sppo_hard", "apo_zero", "sigmoid+sft"]
-TUNED = ["dpo, lr 3e-4", "dpo, lr 1e-4", "dpo, lr 3e-4, beta .5", "dpo, lr 3e-4, beta .03"]
+SLOWER: dict[str, tuple[int, dict[str, Any]]] = {
+    "dpo, lr 2e-5": (1, {"learning_rate": 2e-5}),
+    "dpo, lr 5e-5, beta .5": (1, {"learning_rate": 5e-5, "beta": 0.5}),
+}
+"""Settings of DPO beyond the package's list, so that its best learning rate and β lie inside what is searched."""
+TUNED = ["dpo, lr 3e-4", "dpo, lr 1e-4", "dpo, lr 5e-5", "dpo, lr 3e-4, beta .03", *SLOWER]
 
 
 OTHERS = ["TRL KTO", "TRL SimPO", "TRL ORPO"]
@@ -321,12 +361,87 @@ def digits_remedies(seeds: list[int]) -> list[Claim]:
         ),
         Claim(
             "digits-tuned-dpo", PAPER, "Digits: the remedy also beats DPO at its best learning rate and β",
-            "accuracy of a sample, ours less the best of five DPO settings (higher is better)",
+            "accuracy of a sample, ours less the best of seven DPO settings (higher is better)",
             mean(tuned), {n: accuracy[n] for n in ["dpo", *TUNED]}, "at least +0.1", mean(tuned) >= 0.1, seeds, spread(tuned),
             note=f"the best DPO setting is {best_dpo}, chosen on these very seeds",
         ),
     ]  # fmt: skip
     return claims
+
+
+def rounds(seed: int, *, each: int = 30, **fields: Any) -> Any:
+    """Four rounds of fresh pairs from the present model, a DPO run on each; the reference stays the supervised model."""
+
+    def further(model: Any, pairs: Any, number: int) -> Any:
+        pairs = pairs.select_columns(["prompt", "chosen", "rejected"])
+        return testbed.align(
+            model, pairs, 10 * seed + number, reference=supervised(seed), max_steps=each, **fields
+        ).model
+
+    prompts, tokenizer = testbed.all_prompts(seed)[1000:1500], testbed.make_tokenizer()
+    done = iterate(
+        supervised(seed), tokenizer, prompts, testbed.is_right, further, rounds=4, seed=seed, n=8, max_new_tokens=9
+    )
+    return list(done)[-1][0]
+
+
+def verifier_rloo(seed: int) -> Any:
+    """TRL's RLOO on the verifier itself: 60 steps of 64 samples, KL 0.05."""
+    from trl import RLOOConfig, RLOOTrainer
+
+    def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        return [testbed.is_right(p, c) for p, c in zip(prompts, completions, strict=True)]
+
+    fields = {"beta": 0.05, "learning_rate": 3e-4, "max_steps": 60, "per_device_train_batch_size": 64}
+    sampling = {"num_generations": 8, "max_completion_length": 9, "temperature": 1.0}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = RLOOTrainer(
+            copy.deepcopy(supervised(seed)),
+            reward,
+            args=testbed.training_arguments(RLOOConfig, seed, folder, **fields, **sampling),
+            train_dataset=datasets.Dataset.from_dict({"prompt": testbed.all_prompts(seed)[1000:1500]}),
+            processing_class=testbed.make_tokenizer(),
+        )
+        trainer.train()
+    return trainer.model.eval()
+
+
+def digits_reward(seeds: list[int]) -> list[Claim]:
+    """The reward-based routes: TRL's RLOO on the verifier, and rounds of fresh on-policy pairs for DPO."""
+    start = [testbed.measure(supervised(seed), testbed.held_out(seed)) for seed in seeds]
+    found = table(seeds, ["dpo", "sft.05", *REWARD])
+    accuracy = accuracies(found)
+    rloo, renewed = found["TRL RLOO"], found["dpo, 4 rounds"]
+    gain, fall = differences(rloo, start, "accuracy"), [s.rejected for s in rloo]
+    fresh = differences(renewed, found["dpo"], "accuracy")
+    falls = {f"log π(rejected), {n}": mean([s.rejected for s in rows]) for n, rows in found.items()}
+    return [
+        Claim(
+            "digits-reward-route", PAPER, "Digits: learning from the reward itself (RLOO) has none of the three D's",
+            "accuracy of a sample, RLOO less the supervised model (higher is better)",
+            mean(gain), {n: a for n, a in accuracy.items() if n != "TRL RLOO"},
+            "at least +0.3, the rejected answer falls by less than 15 nats, the chosen rises, off-answer mass at most 0.15",
+            mean(gain) >= 0.3 and min(fall) - max(s.rejected for s in start) > -15 and mean(differences(rloo, start, "chosen")) > 0
+            and mean([s.off_answer for s in rloo]) <= 0.15,
+            seeds, spread(gain),
+            note=f"RLOO {accuracy['TRL RLOO']:.3f}, off-answer mass {mean([s.off_answer for s in rloo]):.3f}; "
+            + "; ".join(f"{n} {v:.1f}" for n, v in falls.items()) + ". 60 steps of 64 samples; it needs the verifier while training.",
+        ),
+        Claim(
+            "digits-rounds", PAPER, "Digits: a few rounds of fresh on-policy pairs mend DPO, as pairs renewed at every step do in the toy",
+            "accuracy of a sample, four rounds of 30 steps less 120 steps on the first pairs (higher is better)",
+            mean(fresh), {n: accuracy[n] for n in accuracy if n != "TRL RLOO"}, "at least +0.3", mean(fresh) >= 0.3, seeds, spread(fresh),
+            note="500 prompts of 8 samples in every round, reference fixed, new optimiser per round; "
+            + ", ".join(f"{n} {accuracy[n]:.3f}" for n in REWARD if n != "TRL RLOO"),
+        ),
+    ]  # fmt: skip
+
+
+REWARD = {
+    "TRL RLOO": verifier_rloo,
+    "dpo, 4 rounds": rounds,
+}
 
 
 def picture(found: dict[str, list[testbed.Scores]], start: list[testbed.Scores]) -> None:
@@ -355,16 +470,20 @@ def picture(found: dict[str, list[testbed.Scores]], start: list[testbed.Scores])
 # --- the monitor and the audit ---------------------------------------------------------------------------------------
 
 
-def watch(seed: int, *, every: int = 50, folder: str | None = None, **fields: Any) -> tuple[Any, ThreeDMonitor]:
-    probe = ProbeSet.from_dataset(held_out_pairs(seed, 100), testbed.make_tokenizer(), enumerator=testbed.known_answers)
-    monitor = ThreeDMonitor(probe, every, output_dir=folder)
+def watch(seed: int, monitor: ThreeDMonitor, **fields: Any) -> tuple[Any, ThreeDMonitor]:
     return testbed.align(supervised(seed), pairs_of(seed, 1), seed, prepare=monitor.attach, **fields), monitor
 
 
 def monitor_alarms(seeds: list[int]) -> list[Claim]:
     """Alarms with thresholds as they are, tuned on seeds 100 to 103; probe prompts are held out."""
-    plain = {seed: watch(seed, every=20) for seed in seeds}
-    mended = {seed: watch(seed, every=20, sft_gamma=0.05) for seed in seeds}
+
+    def monitor(seed: int) -> ThreeDMonitor:
+        pairs = held_out_pairs(seed, 100)
+        probe = ProbeSet.from_dataset(pairs, testbed.make_tokenizer(), enumerator=testbed.known_answers)
+        return ThreeDMonitor(probe, 20)
+
+    plain = {seed: watch(seed, monitor(seed)) for seed in seeds}
+    mended = {seed: watch(seed, monitor(seed), sft_gamma=0.05) for seed in seeds}
     wanted = {"drop", "degradation", "dispersion"}
 
     def early(monitor: ThreeDMonitor) -> set[str]:
@@ -401,8 +520,9 @@ def monitor_overhead(seeds: list[int], steps: int = 200) -> list[Claim]:
         start = time.perf_counter()
         bare = testbed.align(supervised(seed), pairs_of(seed, 1), seed, max_steps=steps)
         alone = time.perf_counter() - start
+        probe = ProbeSet.from_dataset(held_out_pairs(seed, 100), testbed.make_tokenizer())
         start = time.perf_counter()
-        trainer, monitor = watch(seed, max_steps=steps)
+        trainer, monitor = watch(seed, ThreeDMonitor(probe), max_steps=steps)
         together = time.perf_counter() - start
         identical.append(float(testbed.tensors_equal(bare.model, trainer.model)))
         shares.append(monitor.seconds / (trainer.state.log_history[-1]["train_runtime"] - monitor.seconds))
@@ -523,6 +643,17 @@ def gpu_rows(seeds: list[int]) -> list[Claim]:
 if __name__ == "__main__":
     run_benchmark(
         "dpo3d",
-        [toy_bars, trl_parity, digits_pathology, digits_remedies, monitor_alarms, monitor_overhead, audit, gpu_rows],
+        [
+            toy_bars,
+            toy_underflow,
+            trl_parity,
+            monitor_alarms,
+            monitor_overhead,
+            audit,
+            digits_pathology,
+            digits_reward,
+            digits_remedies,
+            gpu_rows,
+        ],
         libraries=["trl", "transformers", "peft", "accelerate", "datasets"],
     )

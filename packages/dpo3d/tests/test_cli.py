@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from dpo3d import testbed
 from dpo3d.cli import app
@@ -133,14 +134,11 @@ def test_audit_errors(world: dict[str, Path], tmp_path: Path) -> None:
     assert "neither a data file here nor a dataset" in audit("someone/some-pairs")
     assert "does not exist" in audit(world["pairs"], folder / "no-model")
     assert "neither a folder here nor a model" in audit(world["pairs"], "someone/some-model")
-    (folder / "damaged").mkdir(exist_ok=True)
+    (folder / "half").mkdir(exist_ok=True)
     for file in world["model"].iterdir():
-        (folder / "damaged" / file.name).write_bytes(
-            file.read_bytes()[:200] if file.suffix == ".safetensors" else file.read_bytes()
-        )
-    assert "could not be loaded" in audit(world["pairs"], folder / "damaged") or "damaged" in audit(
-        world["pairs"], folder / "damaged"
-    )
+        whole = file.read_bytes()
+        (folder / "half" / file.name).write_bytes(whole[:200] if file.suffix == ".safetensors" else whole)
+    assert "holds a damaged safetensors file" in audit(world["pairs"], folder / "half")
     assert "device is 'abacus'" in refused(
         "audit",
         "--model",
@@ -188,9 +186,16 @@ def test_train_with_monitor_then_watch(world: dict[str, Path], tmp_path: Path) -
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert AutoModelForCausalLM.from_pretrained(told["model"]) and AutoTokenizer.from_pretrained(told["model"])
-    (tmp_path / "dpo3d_report.html").unlink()
+    page = Path(told["report"])
+    page.unlink()
+    # The monitor's own log gives its whole page again; without it what the trainer logged gives the passive one.
+    rows = json.loads(run("watch", tmp_path, "--json").stdout)
+    assert [row["step"] for row in rows] == [0, 2, 4] and page.read_text().count("data:image/png") == 3
+    (tmp_path / "dpo3d_log.jsonl").rename(tmp_path / "kept.jsonl")
     rows = json.loads(run("watch", tmp_path, "--beta-rejected", 0.02, "--json").stdout)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4] and (tmp_path / "dpo3d_report.html").exists()
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and page.read_text().count("data:image/png") == 1
+    (tmp_path / "dpo3d_log.jsonl").write_text("{half a rec")
+    assert "is not a monitor's log" in refused("watch", tmp_path)
 
 
 def test_train_lora(world: dict[str, Path], tmp_path: Path) -> None:
@@ -200,10 +205,40 @@ def test_train_lora(world: dict[str, Path], tmp_path: Path) -> None:
     assert (tmp_path / "model" / "adapter_model.safetensors").exists()
 
 
+def test_the_command_on_two_processes_is_one(world: dict[str, Path], tmp_path: Path) -> None:
+    """Two gloo processes of the command itself, LoRA and the monitor, give one process's adapter and figures."""
+    lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--lora_dropout", "0", "--beta_rejected", "0.02"]
+    common = ["--max_steps", "3", *lora, "--monitor", "--monitor-every", "2", "--probe", "4"]
+    launch = ["--standalone", "--nproc_per_node=2", "--master_addr=127.0.0.1", "--master_port=0"]
+    arguments = [str(a) for a in train_arguments(world, tmp_path / "two", *common)]
+    arguments[arguments.index("--per_device_train_batch_size") + 1] = "2"
+    # Without the two dashes torchrun takes `--monitor` for an abbreviation of its own options.
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "--", "dpo3d"]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*command, *arguments, "--json"], env=settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # One of the two processes answers.
+    assert json.loads(done.stdout)["steps"] == 3
+    run(*train_arguments(world, tmp_path / "one", *common))
+    weights = [load_file(tmp_path / n / "model" / "adapter_model.safetensors") for n in ("one", "two")]
+    assert any(float(value.abs().max()) > 0 for key, value in weights[0].items() if "lora_B" in key)
+    for key, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][key], rtol=1e-4, atol=1e-5)
+    logs = [(tmp_path / n / "dpo3d_log.jsonl").read_text().splitlines() for n in ("one", "two")]
+    last = [json.loads(log[-1]) for log in logs]
+    assert len(logs[0]) == len(logs[1]) == 3
+    assert last[0]["delta_rejected"] == pytest.approx(last[1]["delta_rejected"], abs=1e-4)
+    assert last[0]["self_ref_logp"] == pytest.approx(last[1]["self_ref_logp"], abs=1e-3)
+    assert (tmp_path / "two" / "dpo3d_report.html").read_text().count("data:image/png") == 3
+
+
 def test_train_from_a_config_file(world: dict[str, Path], tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("beta_rejected: 0.02\nmax_steps: 1\n")
     assert "steps" in run(*train_arguments(world, tmp_path / "out", "--config", str(config))).stdout
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    # β− σ(−z) of a policy that is still its reference.
+    assert float(log[0]["dpo3d/weight_rejected"]) == pytest.approx(0.02 * 0.5)
 
 
 def test_train_errors(world: dict[str, Path], tmp_path: Path) -> None:

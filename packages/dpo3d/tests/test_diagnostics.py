@@ -101,7 +101,7 @@ def test_filter_gives_a_dataset_that_trains(report: Any, make_trainer: Any) -> N
 
 def test_advice_follows_the_data(sorter: Any, tokenizer: Any, scenarios: Dataset) -> None:
     off = audit_pairs(sorter, tokenizer, scenarios.select(range(1, 32, 2)), ches=False, max_new_tokens=9)
-    assert off.summary["sft_gamma"] == 0.2 and "off-policy" in off.summary["advice"]
+    assert off.summary["sft_gamma"] == 1.0 and "off-policy" in off.summary["advice"]
     with pytest.raises(UserError, match="no CHES"):
         off.filter(max_ches_quantile=0.5)
 
@@ -125,3 +125,18 @@ def test_errors(report: Any, sorter: Any, tokenizer: Any, digits: Dataset) -> No
     bare = score(sorter, [Row([3], [4])], 0)[0]
     with pytest.raises(UserError, match="without hidden states"):
         ches_scores(bare, bare)
+
+
+def test_edit_distance_is_the_recursion() -> None:
+    def slow(a: list[int], b: list[int]) -> int:
+        if not a or not b:
+            return len(a) + len(b)
+        return min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        a, b = (
+            torch.randint(0, 3, (int(torch.randint(0, 6, (1,), generator=generator)),), generator=generator).tolist()
+            for _ in range(2)
+        )
+        assert edit_distance(a, b) == slow(a, b), (a, b)

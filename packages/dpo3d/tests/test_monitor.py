@@ -111,7 +111,8 @@ def test_figures_are_what_scoring_says(watched: Any, sorter: Any) -> None:
     ]
     mass = sum(math.exp(s.total) for group in known for s in group) / 12
     assert last["off_pair_mass"] == pytest.approx(1 - mass, abs=1e-4)
-    assert last["band"].keys() == {"low", "high", "inside"} if "band" in last else monitor.history[3]["band"]
+    assert [r["step"] for r in monitor.history if "band" in r] == [0, 12]
+    assert monitor.history[3]["band"].keys() == {"low", "high", "inside"}
 
 
 def test_unseen_kinds(watched: Any) -> None:
@@ -178,10 +179,10 @@ FALL = {"delta_chosen": -2.0, "delta_rejected": -30.0, "chosen_share": -0.07}
     ("fields", "kind", "figure", "remedy"),
     [
         (DROP, "drop", "2.00 nats/token", "on-policy pairs"),
-        (FALL, "degradation", "-2.00 nats", "sft_gamma=0.05"),
+        (FALL, "degradation", "-2.00 nats", "sft_gamma=0.25 with sft_reduction=token"),
         ({"chosen_drawdown": 0.2}, "degradation", "0.20 nats/token below", "beta_rejected=0.02"),
         ({"self_ref_logp": -1.2}, "dispersion", "0.90 nats/token under the reference", "learning rate"),
-        ({"off_pair_mass": 0.6}, "dispersion", "grew by 0.40", "sft_gamma=0.05"),
+        ({"off_pair_mass": 0.6}, "dispersion", "grew by 0.40", "sft_gamma=0.25"),
     ],
 )
 def test_each_alarm_names_figure_cause_and_remedy(fields: dict, kind: str, figure: str, remedy: str) -> None:
@@ -321,6 +322,9 @@ def test_errors(make_trainer: Any, digits: Dataset, tokenizer: Any, tmp_path: Pa
         ProbeSet.from_dataset(digits.select([]), tokenizer)
     with pytest.raises(UserError, match="no column refusal"):
         ProbeSet.from_dataset(digits, tokenizer, columns=["refusal"])
+    whole = Dataset.from_list([{h: row["prompt"] + row[h] for h in ("chosen", "rejected")} for row in digits])
+    with pytest.raises(UserError, match="the enumerator needs a column prompt"):
+        ProbeSet.from_dataset(whole, tokenizer, enumerator=testbed.known_answers)
     with pytest.raises(UserError, match="two different chosen answers"):
         ProbeSet.from_dataset(digits.select([0]), tokenizer)
     trainer = make_trainer(DPOTrainer, DPOConfig)

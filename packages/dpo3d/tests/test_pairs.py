@@ -4,8 +4,18 @@ import pytest
 from datasets import Dataset
 from dpo3d import testbed
 from dpo3d.pairs import build_pairs, iterate
-from dpo3d.scoring import Row, score
+from dpo3d.scoring import Row, sample, score
 from tenfold_shared.errors import UserError
+
+
+def test_memory_is_bounded_by_the_budget(sorter: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of 5 tokens and 7 new ones: a budget of 40 takes three sequences at once, one of 5 a single one."""
+    prompts = [tokenizer(p)["input_ids"] for p in testbed.held_out(0, 7)]
+    generate, seen = sorter.generate, []
+    monkeypatch.setattr(sorter, "generate", lambda **given: seen.append(len(given["input_ids"])) or generate(**given))
+    assert [len(group) for group in sample(sorter, prompts, tokenizer, max_new_tokens=7, budget=40)] == [1] * 7
+    sample(sorter, prompts[:2], tokenizer, max_new_tokens=7, budget=5)
+    assert seen == [3, 3, 1, 1, 1]
 
 
 def length(prompt: Any, answer: str) -> float:

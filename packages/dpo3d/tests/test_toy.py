@@ -59,6 +59,16 @@ def test_log_space_outlives_float32() -> None:
     assert chosen.isfinite().all() and rejected.isfinite().all()
 
 
+def test_the_band_holds_at_the_step_it_is_computed_for() -> None:
+    """With plain gradient steps a β− inside the band lets no chosen answer fall in the mean."""
+    world = toy.pretrain([1, 3], [0, 1], toy.Settings(width=16, sft_steps=300))
+    plainly = toy.Settings(width=16, optimizer="sgd", learning_rate=0.1, steps=400)
+    banded, plain = (toy.train(world, name, plainly).chosen.mean(-1) for name in ("band", "dpo"))
+    worst = [(path[1:] - path[:-1]).amin(0) for path in (banded, plain)]
+    assert (worst[0] > -3e-5).all() and (worst[1] < -5e-5).all()
+    assert (banded[-1] > plain[-1] + 0.02).all()
+
+
 def test_optimum_solves_the_regularised_problem(world: toy.World) -> None:
     best = world.optimum()
     score = world.reward.double() - world.settings.beta * (best - world.reference.double())

@@ -89,7 +89,7 @@ class Alarms:
         return (
             "; ".join(parts)
             + ". Cause: the loss only pushes the rejected down, its gradient on the chosen has vanished. "
-            "Remedy: sft_gamma=0.05, or beta_rejected=0.02, or loss_type nca_pair or apo_zero."
+            "Remedy: sft_gamma=0.25 with sft_reduction=token, or beta_rejected=0.02, or loss_type nca_pair or apo_zero."
         )
 
     def _dispersion(self, now: Record, first: Record) -> str | None:
@@ -108,7 +108,7 @@ class Alarms:
             return None
         return (
             "; ".join(parts) + ". Cause: the mass taken from the rejected goes to answers that are in no pair. "
-            "Remedy: sft_gamma=0.05, fewer steps or a lower learning rate, and on-policy pairs with either."
+            "Remedy: sft_gamma=0.25 with sft_reduction=token, fewer steps or a lower learning rate, and on-policy pairs with either."
         )
 
 

@@ -130,6 +130,9 @@ def audit(
     max_length: Annotated[int, typer.Option(help="Tokens that training will cut at; TRL's default.")] = 1024,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of the policy's own samples.")] = 128,
     ches: Annotated[bool, typer.Option(help="Rank pairs by CHES.")] = True,
+    on_policy_z: Annotated[
+        float, typer.Option(help="A half whose likelihood is below this z-score is off-policy.")
+    ] = -3.0,
     band: Annotated[bool, typer.Option(help="First-order band of each pair; a backward pass each.")] = False,
     keep: Annotated[str, typer.Option(help="Write pairs of these scenarios only, as S1,S2.")] = "",
     max_ches_quantile: Annotated[float, typer.Option(help="Write pairs up to this quantile of CHES only.")] = 1.0,
@@ -142,12 +145,20 @@ def audit(
     from dpo3d.dataset import load_split, write_records
     from dpo3d.diagnostics import audit_pairs
 
-    _quiet()
+    _quiet(small=False)
     data = load_split(dataset, split)
     data = data.select(range(min(limit, len(data)))) if limit else data
     policy, tokenizer = _load(model, device)
     report = audit_pairs(
-        policy, tokenizer, data, ches=ches, band=band, max_length=max_length, max_new_tokens=max_new_tokens, seed=seed
+        policy,
+        tokenizer,
+        data,
+        ches=ches,
+        band=band,
+        on_policy_z=on_policy_z,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
     )
     write_records(output / "audit.jsonl", report.rows)
     if keep or max_ches_quantile < 1:
@@ -162,7 +173,7 @@ def audit(
         **{f"flagged {flag}": count for flag, count in summary["flags"].items()},
         "median length ratio": summary["length_ratio"],
         "riskiest pairs (CHES)": ", ".join(map(str, summary["risk"][:10])) or "-",
-        "start with sft_gamma": summary["sft_gamma"],
+        "start with sft_gamma, per token": summary["sft_gamma"],
         "start with beta_rejected": summary["beta_rejected"],
         "why": summary["advice"],
     }
@@ -191,7 +202,7 @@ def pairs(
     from dpo3d.dataset import load_split, write_records
     from dpo3d.pairs import build_pairs
 
-    _quiet()
+    _quiet(small=False)
     function = _function(scorer)
     data = load_split(prompts, split)
     if "prompt" not in data.column_names:
@@ -269,15 +280,21 @@ def watch(
     beta_rejected: Annotated[float, typer.Option(help="The run's β−, where it had one of its own.")] = math.nan,
     json: Json = False,
 ) -> None:
-    """The passive report of a finished run, from its trainer_state.json; the run may be of plain TRL."""
-    from dpo3d.report import passive_history, trainer_log, write_report
+    """The report of a run: of the monitor's log where it had one, else the passive one of plain TRL's trainer_state.json."""
+    from dpo3d.monitor import LOG, REPORT
+    from dpo3d.report import monitor_log, passive_history, trainer_log, write_report
 
     if not beta > 0:
         raise UserError(f"beta is {beta}, expected more than 0")
-    rejected = None if math.isnan(beta_rejected) else beta_rejected
-    history, alarms = passive_history(trainer_log(run), beta=beta, beta_rejected=rejected)
-    path = write_report(run / "dpo3d_report.html", history, alarms, title=f"The three D's: {run.name}")
-    columns = ["step", "logp_chosen", "logp_rejected", "delta_chosen", "delta_rejected", "drop_ratio", "chosen_share"]
+    columns = ["step", "delta_chosen", "delta_rejected", "drop_ratio", "chosen_share"]
+    if (run / LOG).exists():
+        history, alarms = monitor_log(run / LOG)
+        columns += [c for c in ("chosen_drawdown", "off_pair_mass", "self_ref_logp") if c in (history or [{}])[-1]]
+    else:
+        rejected = None if math.isnan(beta_rejected) else beta_rejected
+        history, alarms = passive_history(trainer_log(run), beta=beta, beta_rejected=rejected)
+        columns += ["logp_chosen", "logp_rejected"]
+    path = write_report(run / REPORT, history, alarms, title=f"The three D's: {run.name}")
     emit(Table("What the run logged", columns, [[r[c] for c in columns] for r in history]), json)
     for alarm in alarms:
         console.print(alarm.message, highlight=False)
@@ -337,13 +354,14 @@ def bench(
     emit(Table("Sorting digits", columns, rows), json)
 
 
-def _quiet() -> None:
-    """One thread and no bars of other libraries: the work here is small."""
+def _quiet(*, small: bool = True) -> None:
+    """No bars of other libraries; small: one thread, which is faster for the testbed's models."""
     import logging
 
     import torch
     from datasets import disable_progress_bars
 
-    torch.set_num_threads(1)
+    if small:
+        torch.set_num_threads(1)
     disable_progress_bars()
     logging.getLogger("trl").setLevel(logging.ERROR)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from tenfold_shared.errors import UserError
 from torch import Tensor
@@ -190,13 +191,13 @@ def _shape(chosen: Row, rejected: Row) -> dict[str, Any]:
 
 def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
     """Fewest insertions, deletions and substitutions that turn `a` into `b`."""
-    last = list(range(len(b) + 1))
+    other, places = np.asarray(b, dtype=np.int64), np.arange(len(b) + 1)
+    last = places
     for i, x in enumerate(a, 1):
-        row = [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(row[-1] + 1, last[j] + 1, last[j - 1] + (x != y)))
-        last = row
-    return last[-1]
+        row: np.ndarray = np.append(i, np.minimum(last[1:] + 1, last[:-1] + (other != x)))
+        # An insertion comes from the left: the least of row[k] + (j - k) over k up to j.
+        last = np.minimum.accumulate(row - places) + places
+    return int(last[-1])
 
 
 def _flags(
@@ -256,12 +257,12 @@ def _summary(rows: Sequence[dict[str, Any]], centre: float, deviation: float) ->
 
 
 def _advice(shares: dict[str, float]) -> dict[str, Any]:
-    """γ per sequence and β− to start with at β = 0.1, and why: settings of the digit task, short answers."""
+    """γ per token (`sft_reduction=token`) and β− to start with at β = 0.1, and why: what the digit task needed."""
     off_chosen, off_rejected = shares["S2"] + shares["S4"], shares["S3"] + shares["S4"]
     if off_chosen > 0.5:
         why = "chosen answers are off-policy: plain DPO loses them, so anchor them, or sample pairs from the policy"
-        return {"sft_gamma": 0.2, "beta_rejected": None, "advice": why}
+        return {"sft_gamma": 1.0, "beta_rejected": None, "advice": why}
     if off_rejected > 0.5:
         why = "rejected answers are off-policy: they teach little and fall fast; sample them from the policy"
-        return {"sft_gamma": 0.05, "beta_rejected": 0.02, "advice": why}
-    return {"sft_gamma": 0.05, "beta_rejected": None, "advice": "on-policy pairs: a light anchor is enough"}
+        return {"sft_gamma": 0.25, "beta_rejected": 0.02, "advice": why}
+    return {"sft_gamma": 0.25, "beta_rejected": None, "advice": "on-policy pairs: a light anchor is enough"}

@@ -127,6 +127,9 @@ class ThreeDMonitor(TrainerCallback):
     def _betas(self) -> tuple[float, float]:
         args = self._trainer.args if self._trainer is not None else None
         own = getattr(args, "betas", None) or (getattr(args, "beta", None) or 0.1,) * 2
+        if args is not None and hasattr(args, "beta_rejected_at"):
+            state = self._trainer.state
+            own = own[0], args.beta_rejected_at(min(state.global_step / state.max_steps, 1.0))
         beta = own[0] if self.beta is None else self.beta
         if self.beta_rejected is not None:
             return beta, self.beta_rejected
@@ -324,10 +327,11 @@ class ThreeDMonitor(TrainerCallback):
         if self.output_dir is None or not (self.output_dir / LOG).exists():
             logger.warning("dpo3d: no log of the resumed run; changes are counted from step %d", step)
             return
-        lines = (self.output_dir / LOG).read_text(encoding="utf-8").splitlines()
-        self.history = [r for r in map(json.loads, lines) if r["step"] <= step]
-        for record in self.history:
-            self.raised += [Alarm(m.split(" ", 1)[0], record["step"], m) for m in record["alarms"]]
+        from dpo3d.report import monitor_log
+
+        history, raised = monitor_log(self.output_dir / LOG)
+        self.history = [record for record in history if record["step"] <= step]
+        self.raised = [alarm for alarm in raised if alarm.step <= step]
         if self._is_main:
             with replace_atomically(self.output_dir / LOG) as partial:
                 partial.write_text("".join(json.dumps(r) + "\n" for r in self.history), encoding="utf-8")

@@ -16,6 +16,8 @@ from dpo3d.alarms import Record
 from dpo3d.toy import ANSWERS, PROMPTS, Run
 
 LN10 = math.log(10)
+HALVES = {"chosen": PEERS[0], "rejected": OURS}
+"""One colour for each half of the pair in all pictures of a monitored run."""
 
 
 def likelihood_curves(runs: Sequence[Run], path: Path) -> Path:
@@ -112,15 +114,19 @@ def _probed_panels(plt: Any, history: Sequence[Record]) -> list[tuple[str, Any]]
             continue
         rows = [record["kinds"].get(kind) for record in history]
         low, high = ([r["quantiles"][q] if r else math.nan for r in rows] for q in (0, 2))
-        axes[0].plot(steps, [r["per_token"] if r else math.nan for r in rows], label=kind, color=_colour(i))
-        axes[0].fill_between(steps, low, high, color=_colour(i), alpha=0.12, linewidth=0)
-        axes[1].plot(steps, [r["delta"] if r else math.nan for r in rows], label=kind, color=_colour(i))
+        colour = HALVES.get(kind) or PEERS[(i - 1) % len(PEERS)]
+        axes[0].plot(steps, [r["per_token"] if r else math.nan for r in rows], label=kind, color=colour)
+        axes[0].fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+        axes[1].plot(steps, [r["delta"] if r else math.nan for r in rows], label=kind, color=colour)
     axes[0].set(title="log π per token (band: 10 % to 90 %)", xlabel="step", ylabel="nats per token")
     axes[1].set(title="change since step 0", xlabel="step", ylabel="nats per sequence")
-    axes[0].legend(fontsize=8)
+    likelihood.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     signs, axes = plt.subplots(1, 3, figsize=(11, 3))
-    axes[0].plot(steps, series("drop_ratio"), color=OURS)
+    # At step 0 nothing has moved, and 0 has no place on a logarithmic axis.
+    axes[0].plot(steps, [value or math.nan for value in series("drop_ratio")], color=OURS)
     axes[0].set(title="drop: |Δ−| / |Δ+|", xlabel="step", yscale="log")
+    for labels in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        labels("{x:g}")
     axes[1].plot(steps, _numbers(series("chosen_share")), label="chosen's share of the margin")
     axes[1].plot(steps, _numbers(series("chosen_drawdown")), label="chosen's drawdown, nats/token")
     axes[1].axhline(0, color="#999", linewidth=0.8)
@@ -135,11 +141,11 @@ def _probed_panels(plt: Any, history: Sequence[Record]) -> list[tuple[str, Any]]
             axes[2].plot(steps, _numbers(series(key)), label=label)
     axes[2].set(title="dispersion", xlabel="step", yscale="symlog")
     for axis in axes[1:]:
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.28))
     gradients, axes = plt.subplots(1, 2, figsize=(10, 3))
     for axis, suffix, title in ((axes[0], "", "log |∂ℓ/∂π|"), (axes[1], "_per_token", "log |∂ℓ/∂π| per token")):
-        axis.plot(steps, series(f"log_grad_chosen{suffix}"), label="chosen", color=PEERS[0])
-        axis.plot(steps, series(f"log_grad_rejected{suffix}"), label="rejected", color=OURS)
+        axis.plot(steps, series(f"log_grad_chosen{suffix}"), label="chosen", color=HALVES["chosen"])
+        axis.plot(steps, series(f"log_grad_rejected{suffix}"), label="rejected", color=HALVES["rejected"])
         axis.set(title=title, xlabel="step")
         axis.legend(fontsize=8)
     return [
@@ -155,7 +161,7 @@ def _probed_panels(plt: Any, history: Sequence[Record]) -> list[tuple[str, Any]]
 def _passive_panels(plt: Any, history: Sequence[Record]) -> list[tuple[str, Any]]:
     steps = [record["step"] for record in history]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3))
-    for key, colour in (("chosen", PEERS[0]), ("rejected", OURS)):
+    for key, colour in HALVES.items():
         axes[0].plot(steps, [record[f"logp_{key}"] for record in history], label=key, color=colour)
         axes[1].plot(steps, [record[f"delta_{key}"] for record in history], label=key, color=colour)
     axes[2].plot(steps, _numbers([record["chosen_share"] for record in history]), color=OURS)

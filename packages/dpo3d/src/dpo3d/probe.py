@@ -52,8 +52,8 @@ class ProbeSet:
         dataset: preference data in any of TRL's formats; better not the training pairs. unseen: kinds to make. columns:
         text columns with unseen answers of your own. enumerator: prompt to every answer the task knows.
 
-        Raises UserError for no rows, n or k under 1, an unknown kind, a missing column, or fewer than two different
-        chosen answers when `shuffled_chosen` is wanted.
+        Raises UserError for no rows, n or k under 1, an unknown kind, a missing column, an enumerator without a column
+        `prompt`, or fewer than two different chosen answers when `shuffled_chosen` is wanted.
         """
         if n < 1 or k < 1:
             raise UserError(f"n is {n} and k is {k}, expected 1 or more")
@@ -77,6 +77,8 @@ class ProbeSet:
         for column in columns:
             answers[column] = [[_end(tokenizer, text) for text in _texts(e[column])] for e in examples]
         if enumerator:
+            if "prompt" not in dataset.column_names:
+                raise UserError("the enumerator needs a column prompt", hint="split the prompt off the answers first")
             answers["known"] = [[_end(tokenizer, text) for text in enumerator(e["prompt"])] for e in examples]
         return cls(tokenizer, [chosen.prompt for chosen, _ in pairs], answers, k, seed, tuple(unseen))
 

@@ -96,6 +96,16 @@ def trainer_log(run: Path) -> list[dict[str, Any]]:
         ) from error
 
 
+def monitor_log(file: Path) -> tuple[list[Record], list[Alarm]]:
+    """Records and alarms of a monitor's log. Raises UserError when the file is none."""
+    try:
+        history = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        raised = [Alarm(m.split(" ", 1)[0], r["step"], m) for r in history for m in r["alarms"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{file}' is not a monitor's log ({type(error).__name__})", hint="delete it") from error
+    return history, raised
+
+
 def _step(checkpoint: Path) -> int:
     tail = checkpoint.name.rsplit("-", 1)[-1]
     return int(tail) if tail.isdigit() else -1

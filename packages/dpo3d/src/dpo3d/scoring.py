@@ -6,6 +6,7 @@ the audit and of the monitor are those of the trainer.
 
 import math
 import random
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -158,39 +159,40 @@ def score(
 @torch.no_grad()
 def _score_batch(model: Any, rows: Sequence[Row], pad_id: int, entropy: bool, hidden: bool) -> list[Scored]:
     device = next(model.parameters()).device
-    ids, attention, completion = pad_rows(rows, pad_id, device)
+    ids, attention, _ = pad_rows(rows, pad_id, device)
     outputs = model(input_ids=ids, attention_mask=attention, output_hidden_states=hidden, use_cache=False)
-    logits = outputs.logits[:, :-1].float()
-    targets, mask = ids[:, 1:], completion[:, 1:].bool()
+    logits, targets = outputs.logits[:, :-1].float(), ids[:, 1:]
     log_z = logits.logsumexp(-1)
-    logps = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_z
-    hits = (logits.argmax(-1) == targets) | ~mask
-    spread = None
-    if entropy:
-        spread = log_z - (logits.softmax(-1) * logits).sum(-1)
-    states = outputs.hidden_states[-1][:, :-1].float() if hidden else None
-    greedy = hits.all(-1).tolist()
-    return [
-        Scored(
-            logps[i][mask[i]].tolist(),
-            greedy[i],
-            None if spread is None else float(spread[i][mask[i]].mean()),
-            None if states is None else states[i][mask[i]].sum(0).cpu(),
+    logps = (logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_z).tolist()
+    hits = (logits.argmax(-1) == targets).tolist()
+    spread = (log_z - (logits.softmax(-1) * logits).sum(-1)).tolist() if entropy else None
+    states = outputs.hidden_states[-1].float() if hidden else None
+    scored = []
+    for i, row in enumerate(rows):
+        # Position t predicts token t + 1.
+        span = slice(len(row.prompt) - 1, len(row.prompt) + len(row.completion) - 1)
+        scored.append(
+            Scored(
+                logps[i][span],
+                all(hits[i][span]),
+                None if spread is None else statistics.fmean(spread[i][span]),
+                None if states is None else states[i, span].sum(0).cpu(),
+            )
         )
-        for i in range(len(rows))
-    ]
+    return scored
 
 
 def pad_rows(rows: Sequence[Row], pad_id: int, device: Any = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Ids, attention mask and completion mask, `(rows, tokens)`, padded on the right."""
-    length = max(len(row.prompt) + len(row.completion) for row in rows)
-    ids = torch.full((len(rows), length), pad_id)
-    attention, completion = torch.zeros_like(ids), torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        start, end = len(row.prompt), len(row.prompt) + len(row.completion)
-        ids[i, :end] = torch.tensor(row.prompt + row.completion)
-        attention[i, :end] = 1
-        completion[i, start:end] = 1
+    texts = [row.prompt + row.completion for row in rows]
+    length = max(map(len, texts))
+    ids = torch.tensor([text + [pad_id] * (length - len(text)) for text in texts])
+    place = torch.arange(length)
+    start, end = torch.tensor(
+        [[len(row.prompt), len(text)] for row, text in zip(rows, texts, strict=True)]
+    ).T.unsqueeze(-1)
+    attention = (place < end).long()
+    completion = attention * (place >= start)
     return ids.to(device), attention.to(device), completion.to(device)
 
 
@@ -203,11 +205,12 @@ def sample(
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     seed: int = 0,
-    batch: int = 512,
+    budget: int = 32768,
 ) -> list[list[list[int]]]:
     """n sampled completions of each prompt, in token ids, the end token included where it was reached.
 
-    The global random state is left as it was. batch: sequences generated at once.
+    The global random state is left as it was. budget: tokens, prompts' and new ones, whose keys and values are in memory
+    at once.
     Raises UserError for a temperature or n that is not positive.
     """
     if not temperature > 0 or n < 1:
@@ -215,6 +218,7 @@ def sample(
     from transformers import GenerationConfig
 
     flat = [prompt for prompt in prompts for _ in range(n)]
+    batch = max(1, min(512, budget // (max(map(len, prompts)) + max_new_tokens)))
     device, end = next(model.parameters()).device, tokenizer.eos_token_id
     config = GenerationConfig(
         do_sample=True,

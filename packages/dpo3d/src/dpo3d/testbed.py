@@ -29,7 +29,7 @@ METHODS: dict[str, tuple[int, dict[str, Any]]] = {
     "dpo": (1, {}),
     "dpo, lr 3e-4": (1, {"learning_rate": 3e-4}),
     "dpo, lr 1e-4": (1, {"learning_rate": 1e-4}),
-    "dpo, lr 3e-4, beta .5": (1, {"learning_rate": 3e-4, "beta": 0.5}),
+    "dpo, lr 5e-5": (1, {"learning_rate": 5e-5}),
     "dpo, lr 3e-4, beta .03": (1, {"learning_rate": 3e-4, "beta": 0.03}),
     "flex.02": (1, {"beta_rejected": 0.02}),
     "flex.01": (1, {"beta_rejected": 0.01}),
@@ -201,10 +201,19 @@ def training_arguments(config: Callable[..., Any], seed: int, folder: str, **fie
     return config(**{**defaults, **fields})
 
 
-def align(model: Any, pairs: Dataset, seed: int, *, prepare: Callable[[Any], Any] | None = None, **fields: Any) -> Any:
+def align(
+    model: Any,
+    pairs: Dataset,
+    seed: int,
+    *,
+    reference: Any = None,
+    prepare: Callable[[Any], Any] | None = None,
+    **fields: Any,
+) -> Any:
     """Train a copy of `model` on pairs; returns the trainer, its model trained.
 
-    fields: of `FlexDPOConfig`. prepare: called with the trainer before training, to attach a monitor.
+    reference: `model` where None. prepare: called with the trainer before training, to attach a monitor. fields: of
+    `FlexDPOConfig`.
     """
     from dpo3d.trl import FlexDPOConfig, FlexDPOTrainer
 
@@ -212,7 +221,7 @@ def align(model: Any, pairs: Dataset, seed: int, *, prepare: Callable[[Any], Any
         warnings.simplefilter("ignore")
         trainer = FlexDPOTrainer(
             copy.deepcopy(model),
-            copy.deepcopy(model),
+            copy.deepcopy(model if reference is None else reference),
             training_arguments(FlexDPOConfig, seed, folder, **fields),
             train_dataset=pairs,
             processing_class=make_tokenizer(),

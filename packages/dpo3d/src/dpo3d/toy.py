@@ -61,6 +61,7 @@ METHODS: dict[str, Method] = {
     "nca": Method("nca_pair"),
     "sppo": Method("sppo_hard"),
     "apo": Method("apo_zero"),
+    "band": Method("band"),
     "onpolicy-dpo": Method("onpolicy-dpo"),
     "policy-gradient": Method("policy-gradient"),
     "reinforce": Method("reinforce"),
@@ -250,7 +251,10 @@ def train(world: World, name: str, settings: Settings | None = None) -> Run:
         path[step] = logps.detach()
         if step == settings.steps:
             break
-        per_run = _loss(method, world, logps, settings.beta, generator)
+        if method.loss == "band":
+            per_run = _banded(world, logps, parameters, settings.beta)
+        else:
+            per_run = _loss(method, world, logps, settings.beta, generator)
         optimizer.zero_grad()
         # The runs share no parameter: the gradient of the sum is each run's own gradient.
         per_run.sum().backward()
@@ -283,6 +287,23 @@ def _pair_loss(
     pair = PairLogps(of(logps, chosen), of(logps, rejected), of(reference, chosen), of(reference, rejected), one, one)
     out = preference_loss(method.loss, pair, **{"beta": beta, **method.options})
     return out.loss.view(chosen.shape)
+
+
+def _banded(world: World, logps: Tensor, parameters: list[Tensor], beta: float, safety: float = 0.5) -> Tensor:
+    """Flex-DPO whose β− keeps β+/β− inside the first-order band at this very step, `(r,)`: a diagnostic made a method.
+
+    With g± the gradients of the prompts' mean log π±, β− is at most `safety` times β+ ‖g+‖² / ⟨g+, g−⟩.
+    """
+    pairs = [
+        (table.gather(-1, a.unsqueeze(-1)).squeeze(-1))
+        for table in (logps, world.reference)
+        for a in (world.chosen, world.rejected)
+    ]
+    plus, minus = (torch.autograd.grad(half.mean(-1).sum(), parameters, retain_graph=True) for half in pairs[:2])
+    own, across = (sum((a * b).flatten(1).sum(1) for a, b in zip(plus, g, strict=True)) for g in (plus, minus))
+    limit = torch.where(across > 0, safety * beta * own / across.clamp(min=1e-30), math.inf)
+    z = PairLogps(*pairs).margin(beta, limit.clamp(max=beta).unsqueeze(-1))
+    return -F.logsigmoid(z).mean(-1)
 
 
 def _sample(logps: Tensor, n: int, generator: torch.Generator) -> Tensor:
