@@ -150,21 +150,23 @@ def measure(
     """Judge images exactly. rmse: the distance from an ideal image up to which one counts as strict (trained world)."""
     assert plan.latent is not None
     a, b, c = world.exact_scores(images, [plan.first.name, plan.second.name, plan.latent]).T.bool()
-    strict = float((a & b & (world.look(images).rmse <= rmse)).float().mean()) if rmse is not None else None
+
+    def share(which: torch.Tensor) -> float:
+        return int(which.sum()) / len(images)
+
+    strict = share(a & b & (world.look(images).rmse <= rmse)) if rmse is not None else None
     return Outcome(
-        method, float(a.float().mean()), float(b.float().mean()), float((a & b).float().mean()),
-        float((c & b).float().mean()), calls, strict, int((a & b).sum()), len(images),
+        method, share(a), share(b), share(a & b), share(c & b), calls, strict, int((a & b).sum()), len(images)
     )  # fmt: skip
 
 
 def search_outcome(
-    pipe: Any, world: ModuleType, plan: ConceptPlan, seeds: Sequence[int], method: str, rmse: float | None = None
+    pipe: Any, world: ModuleType, plan: ConceptPlan, seeds: Sequence[int], method: str, **options: Any
 ) -> Outcome:
-    """Search on `seeds` and judge the images that the search returns."""
-    result = moce(pipe, world, **SEARCHES[method])(
-        plan, seeds=seeds, num_inference_steps=STEPS, guidance_scale=1.0
-    )  # fmt: skip
-    outcome = measure(world, method, result.images, plan, result.calls / len(seeds), rmse)
+    """Search on `seeds` and judge the images that the search returns. options: of MoCE, above the method's own."""
+    searched = moce(pipe, world, **{**SEARCHES[method], **options})
+    result = searched(plan, seeds=seeds, num_inference_steps=STEPS, guidance_scale=1.0)
+    outcome = measure(world, method, result.images, plan, result.calls / len(seeds))
     outcome.switch_step, outcome.stage2 = result.switch_step, result.stage2
     return outcome
 
