@@ -225,13 +225,13 @@ def compare(world_name: str, *, images: int, seed: int = 0, methods: Sequence[st
 
 
 def cost(images: int, methods: Sequence[str] | None = None) -> tuple[int, int]:
-    """Least and most denoiser calls of `compare`, guidance's second evaluation not counted."""
+    """Least and most denoiser calls of `compare`."""
     plan, least, most = exact.plan("square"), 0, 0
     pipe = exact.load()
     for name in methods or [*METHODS, *SEARCHES]:
         if name in SEARCHES:
             low, high = moce(pipe, exact, **SEARCHES[name]).estimate(images, STEPS)
         else:
-            low = high = images * SCHEDULES[name](plan).calls(STEPS)
+            low = high = images * SCHEDULES[name](plan).calls(STEPS) * (2 if name in _GUIDED else 1)
         least, most = least + low, most + high
     return least, most
