@@ -39,9 +39,9 @@ PAPER = "2408.00230"
 FIGURES = Path(__file__).resolve().parent / "results" / "lcmis-align"
 OFFICIAL = (".95/.03/.02", ".975/.02/.005")
 SHAPES = ("square", "cross")
-IMAGES, OTHER_IMAGES = 100, 50
+IMAGES, OTHER_IMAGES = 200, 100
 """Images of each prompt and seed in the exact world: the world whose bars are stated, and its variations."""
-TRAIN_IMAGES, HELD_OUT, EXCITED = 6, 4, 2
+SEARCH_IMAGES, HELD_OUT, EXCITED = 8, 6, 2
 """Images of each prompt in the trained world: for sweeps and searches, for comparisons, for Attend-and-Excite."""
 KS = (0, 4, 8, 10, 14, 20, 28, 40)
 GPU = (
@@ -111,51 +111,51 @@ def exactly(seeds: list[int]) -> list[Claim]:
         "MoCE, second stage auto",
     )
     plain = {case: of_case(case, both("plain")) for case in cases}
-    table = {
-        f"{name} ({mean(f[name].calls for f in found.values()):.0f} calls)": mean(per_seed(name))
-        for name in names if name != default
-    }  # fmt: skip
+    calls = {name: mean(f[name].calls for f in found.values()) for name in names}
+    table = {f"{name} ({calls[name]:.0f} calls)": mean(per_seed(name)) for name in names if name != default}
+    hidden = {name: mean(f[name].latent for f in found.values()) for name in names}
     ratios = {case: of_case(case, both(published)) / max(plain[case], 1e-9) for case in cases}
-    regret = {case: of_case(case, both(default)) / of_case(case, both(full)) for case in cases}
+    regret = {case: of_case(case, both(default)) / max(of_case(case, both(full)), 1e-9) for case in cases}
     best_of = {
         case: mean(testbed.best_of(found[(*case, s)]["plain"].both, found[(*case, s)][default].calls)[1] for s in seeds)
         for case in cases
     }
-    over = {case: of_case(case, both(default)) / best_of[case] for case in cases}
+    over = {case: of_case(case, both(default)) / max(best_of[case], 1e-9) for case in cases}
     _, most = MoCE(
         exact_pipe("low contrast", OFFICIAL[0]), CallableScorer(exact.exact_scores), search="sweep"
     ).estimate(1)
     by_case = "; ".join(f"{' '.join(c)}: plain {plain[c]:.3f}, published {of_case(c, both(published)):.3f}, "
                         f"default {of_case(c, both(default)):.3f}, sweep {of_case(c, both(full)):.3f}, "
                         f"best-of-N {best_of[c]:.3f}, auto {of_case(c, both(auto)):.3f}" for c in cases)  # fmt: skip
-    draw_exact(found, cases, seeds)
+    draw_exact(found, cases, seeds, default)
     return [
         claim(
             "exact-plain", "The plain sampler leaves the first concept out", "share of images with both, worst of 4 prompts (lower: more misaligned)",
             per_seed("plain", max), seeds,
-            peers={"hidden concept instead, mean": mean(f["plain"].latent for f in found.values())},
+            peers={"hidden concept instead, mean": mean(f["plain"].latent for f in found.values()), "denoiser calls an image": calls["plain"]},
             bar="at most 0.08 on each of the 4 prompts", passed=max(plain.values()) <= 0.08, note=by_case,
         ),
         claim(
             "exact-published-search", "The published search repairs the prompt", "share with both, lowest of 4 prompts (higher is better)",
-            per_seed(published, min), seeds, peers={"plain": mean(per_seed("plain")), "lowest ratio to plain": min(ratios.values())},
+            per_seed(published, min), seeds, peers={"plain": mean(per_seed("plain")), "lowest ratio to plain": min(ratios.values()), "denoiser calls an image": calls[published]},
             bar="at least 5 times the plain sampler and at least 0.20 on each prompt",
             passed=min(ratios.values()) >= 5 and min(of_case(c, both(published)) for c in cases) >= 0.20,
         ),
         claim(
             "exact-sweep", "Some switch step draws both", "share with both at the best k of the full sweep, lowest of 4 prompts (higher is better)",
-            per_seed(full, min), seeds, peers={"plain": mean(per_seed("plain"))}, bar="at least 0.30 on each prompt",
+            per_seed(full, min), seeds, peers={"plain": mean(per_seed("plain")), "denoiser calls an image": calls[full]}, bar="at least 0.30 on each prompt",
             passed=min(of_case(c, both(full)) for c in cases) >= 0.30,
-            note="A mean over prompts and seeds hides that the prompts differ: see the note of exact-plain.",
+            note="The prompts differ, " + ", ".join(f"{' '.join(c)} {of_case(c, both(full)):.2f}" for c in cases)
+                 + ". No strategy can pass the sweep: the figure is the world's own, not the search's. The second stage's text moves it, see exact-second-stage.",
         ),
         claim(
             "exact-default-regret", "The default search finds what the full sweep finds, for less than half of its calls",
             "share with both, over the sweep's (higher is better), mean of 4 prompts",
-            [mean(found[(*c, s)][default].both / found[(*c, s)][full].both for c in cases) for s in seeds], seeds,
-            peers={"published": mean(found[k][published].both / found[k][full].both for k in found),
-                   "golden section": mean(found[k]["MoCE, golden section"].both / found[k][full].both for k in found),
-                   "successive halving": mean(found[k]["MoCE, successive halving"].both / found[k][full].both for k in found),
-                   "calls of the default": mean(f[default].calls for f in found.values()), "calls of the sweep": most},
+            [mean(found[(*c, s)][default].both / max(found[(*c, s)][full].both, 1e-9) for c in cases) for s in seeds], seeds,
+            peers={"published": mean(found[k][published].both / max(found[k][full].both, 1e-9) for k in found),
+                   "golden section": mean(found[k]["MoCE, golden section"].both / max(found[k][full].both, 1e-9) for k in found),
+                   "successive halving": mean(found[k]["MoCE, successive halving"].both / max(found[k][full].both, 1e-9) for k in found),
+                   "calls of the default": calls[default], "calls of the sweep": most},
             bar="at least 0.9 on each prompt, with at most half of the sweep's denoiser calls",
             passed=min(regret.values()) >= 0.9 and max(f[default].calls for f in found.values()) <= most / 2,
         ),
@@ -163,37 +163,47 @@ def exactly(seeds: list[int]) -> list[Claim]:
             "exact-methods", "Every way of drawing the prompt, whoever wins", "share with both, mean of 4 prompts (higher is better); denoiser calls per image in brackets",
             per_seed(default), seeds, peers={"same-budget best-of-N": mean(best_of.values()), **table},
             bar="above same-budget best-of-N by 1.5 times on each prompt", passed=min(over.values()) >= 1.5, headline=True,
-            note=f"The default search takes {mean(f[default].calls for f in found.values()):.0f} calls an image. Best-of-N has the same calls and a perfect judge. "
+            note=f"The default search takes {calls[default]:.0f} calls an image. Best-of-N has the same calls and a perfect judge. "
                  "Composable Diffusion and the web interfaces' schedules run on this package's PromptSchedule, since no library has them. "
                  "Attend-and-Excite needs attention maps, which an exact denoiser has not: it is measured on the trained model.",
             figures=["lcmis-align/exact.png"],
         ),
         claim(
+            "exact-hidden", "The hidden concept goes where the first concept comes", "share with the hidden concept instead of the first, default search, mean of 4 prompts (lower is better)",
+            [mean(found[(*c, s)][default].latent for c in cases) for s in seeds], seeds, peers={n: hidden[n] for n in names if n != default},
+            bar="at most half of the plain sampler's", passed=hidden[default] <= hidden["plain"] / 2,
+        ),
+        claim(
             "exact-second-stage", "Choosing the second stage's text repairs this world nearly always", "share with both, lowest of 4 prompts, second stage auto (higher is better)",
             per_seed(auto, min), seeds,
-            peers={"full prompt": mean(per_seed(default)), "second concept": mean(per_seed("MoCE, second stage B"))},
+            peers={"full prompt": mean(per_seed(default)), "second concept": mean(per_seed("MoCE, second stage B")),
+                   "denoiser calls an image": calls[auto], "of the full prompt": calls[default], "of the second concept": calls["MoCE, second stage B"]},
             bar="at least 0.95 on each prompt", passed=min(of_case(c, both(auto)) for c in cases) >= 0.95,
             note="That is this world's: here the second concept alone carries no bias once the shape is settled. See trained-second-stage.",
         ),
     ]  # fmt: skip
 
 
-def draw_exact(found: Any, cases: Any, seeds: list[int]) -> None:
-    names = [*METHODS, *SEARCHES]
-    values = [[mean(found[(*case, s)][n].both for case in cases) for s in seeds] for n in names]
+def draw_exact(found: Any, cases: Any, seeds: list[int], default: str) -> None:
+    names = [*METHODS, *SEARCHES, f"best of N, budget of {default}"]
+    values = [[mean(found[(*case, s)][n].both for case in cases) for s in seeds] for n in names[:-1]]
+    spent = [mean(f[n].calls for f in found.values()) for n in names[:-1]]
+    best = [
+        [testbed.best_of(found[(*c, s)]["plain"].both, found[(*c, s)][default].calls)[1] for c in cases] for s in seeds
+    ]
+    values, spent = [*values, [mean(b) for b in best]], [*spent, spent[names.index(default)]]
     with figures.style() as plt:
         figure, axis = plt.subplots(figsize=(8.5, 5.5))
         colours = [figures.OURS if n.startswith("MoCE") else figures.PEERS[0] for n in names]
         axis.barh(names, [mean(v) for v in values], xerr=[statistics.stdev(v) for v in values], color=colours)
-        for i, n in enumerate(names):
-            calls = mean(f[n].calls for f in found.values())
+        for i, calls in enumerate(spent):
             axis.text(
                 mean(values[i]) + 0.02 + statistics.stdev(values[i]), i, f"{calls:.0f} calls", va="center", fontsize=8
             )
         axis.invert_yaxis()
         axis.set_xlim(0, 1.15)
         axis.set_xlabel("share of images with both concepts (bars: standard deviation over seeds)")
-        axis.set_title("Exact world: every way of drawing, mean of 4 prompts")
+        axis.set_title("Exact world: every way of drawing, mean of 4 prompts (red: MoCE)")
         figures.save(figure, FIGURES / "exact")
 
 
@@ -288,10 +298,12 @@ def switching(seeds: list[int]) -> list[Claim]:
     for seed in seeds:
         pipe, rmse = trained_pipe(seed), ordinary(seed)[1]
         for i, plan in enumerate(trained.plans()):
-            numbers = [10_000 * seed + 100 * i + j for j in range(TRAIN_IMAGES)]
-            for stage2, ks in (("full", KS), ("second", (10, 14, 20))):
+            numbers = [10_000 * seed + 100 * i + j for j in range(SEARCH_IMAGES)]
+            sampler = Sampler(pipe, numbers, num_inference_steps=STEPS, guidance_scale=1.0)
+            store = Warehouse(sampler, plan.first.name)
+            for stage2, text, ks in (("full", plan.prompt, KS), ("second", plan.second.name, (10, 14, 20))):
                 for k in ks:
-                    drawn = testbed.at_step(pipe, plan, numbers, k, stage2)
+                    drawn = sampler.decode(sampler.advance(store.at(k), STEPS, ((text, 1.0),)))
                     curve.setdefault((k, stage2, seed), []).append(
                         testbed.measure(trained, str(k), drawn, plan, STEPS, rmse)
                     )
@@ -335,12 +347,14 @@ def switching(seeds: list[int]) -> list[Claim]:
 def draw_switching(curve: Any, seeds: list[int]) -> None:
     with figures.style() as plt:
         figure, axis = plt.subplots(figsize=(7.5, 4))
-        lines = (("a", "A", figures.PEERS[0]), ("b", "B", figures.PEERS[1]), ("both", "both", figures.OURS),
+        lines = (("both", "both", figures.OURS), ("a", "A", figures.PEERS[0]), ("b", "B", figures.PEERS[1]),
                  ("strict", "both, strict", figures.PEERS[2]), ("latent", "hidden", figures.PEERS[6]))  # fmt: skip
         for value, name, colour in lines:
+            # A and B are dashed, so that what lies under them is seen.
+            look = {"linewidth": 6, "alpha": 0.45} if value == "both" else {}
             each = [[mean(getattr(o, value) for o in curve[k, "full", s]) for k in KS] for s in seeds]
             centre = [mean(column) for column in zip(*each, strict=True)]
-            axis.plot(KS, centre, "o-", color=colour, label=name)
+            axis.plot(KS, centre, "o--" if value in "ab" else "o-", color=colour, label=name, **look)
             axis.fill_between(
                 KS,
                 [min(c) for c in zip(*each, strict=True)],
@@ -357,69 +371,86 @@ def draw_switching(curve: Any, seeds: list[int]) -> None:
 
 def comparing(seeds: list[int]) -> list[Claim]:
     """Every method on held-out images of the trained model; searches find their step on other images."""
+    published, default = "MoCE, published search", "MoCE, default search"
+    careful = "MoCE, default search, tau 0.95"
     found: dict[tuple[int, str], list[Outcome]] = {}
     calls: dict[int, list[float]] = {}
     for seed in seeds:
         pipe, rmse = trained_pipe(seed), ordinary(seed)[1]
         for i, plan in enumerate(trained.plans()):
             numbers = [10_000 * seed + 100 * i + 50 + j for j in range(HELD_OUT)]
-            search_on = [10_000 * seed + 100 * i + j for j in range(TRAIN_IMAGES)]
+            search_on = [10_000 * seed + 100 * i + j for j in range(SEARCH_IMAGES)]
             for name in METHODS:
                 drawn, cost = METHODS[name](pipe, plan, numbers)
                 found.setdefault((seed, name), []).append(testbed.measure(trained, name, drawn, plan, cost, rmse))
-            for name in ("MoCE, published search", "MoCE, default search"):
-                search = testbed.search_outcome(pipe, trained, plan, search_on, name)
+            for name, method, options in (
+                (published, published, {}), (default, default, {}), (careful, default, {"rules": Rules(tau=0.95)})
+            ):  # fmt: skip
+                search = testbed.search_outcome(pipe, trained, plan, search_on, method, **options)
                 drawn = testbed.at_step(pipe, plan, numbers, search.switch_step or 0, search.stage2)
                 found.setdefault((seed, name), []).append(
                     testbed.measure(trained, name, drawn, plan, search.calls, rmse)
                 )
-                if name == "MoCE, published search":
+                if name == published:
                     calls.setdefault(seed, []).append(search.calls)
 
     def rate(name: str, seed: int, value: str = "both") -> float:
         return mean(getattr(o, value) for o in found[seed, name])
 
-    published, default = "MoCE, published search", "MoCE, default search"
-    names = [*METHODS, published, default]
+    names = [*METHODS, published, default, careful]
     best_of = {s: mean(testbed.best_of(rate("plain", s), c)[1] for c in calls[s]) for s in seeds}
     ratio = mean(rate(published, s) for s in seeds) / max(mean(rate("plain", s) for s in seeds), 1e-9)
+    plain_ratio = f"{ratio:.0f} times the plain sampler" if ratio < 1e6 else "The plain sampler drew none"
     levels = {n: Counter(rate_level(o.correct, o.images) for s in seeds for o in found[s, n]) for n in names}
     text = "; ".join(f"{n}: " + "/".join(str(levels[n][i]) for i in (1, 2, 3, 4, 5)) for n in levels)
     draw_levels(levels, FIGURES / "trained-levels", f"Trained model: {10 * len(seeds)} prompts, {HELD_OUT} images each")
-    strict = "; ".join(f"{n} {mean(rate(n, s, 'strict') for s in seeds):.2f}" for n in names)
-    worst = "; ".join(f"{n} {min(o.both for s in seeds for o in found[s, n]):.2f}" for n in names)
+    strict = {n: mean(rate(n, s, "strict") for s in seeds) for n in names}
+    worst = {n: [min(o.both for o in found[s, n]) for s in seeds] for n in names}
+    others = [n for n in names if n != published]
     return [
         claim(
             "trained-methods", "The published search repairs the trained model, far above best-of-N at the same cost", "share with both on held-out images, published search (higher is better); denoiser calls per image in brackets",
             [rate(published, s) for s in seeds], seeds,
-            peers={f"{n} ({mean(o.calls for s in seeds for o in found[s, n]):.0f} calls)": mean(rate(n, s) for s in seeds) for n in names if n != published}
+            peers={f"{n} ({mean(o.calls for s in seeds for o in found[s, n]):.0f} calls)": mean(rate(n, s) for s in seeds) for n in others}
             | {"same-budget best-of-N": mean(best_of.values())},
             bar="at least 5 times the plain sampler and 2 times same-budget best-of-N",
             passed=ratio >= 5 and mean(rate(published, s) for s in seeds) >= 2 * mean(best_of.values()), headline=True,
-            note=f"{ratio:.0f} times the plain sampler; {mean(c for s in seeds for c in calls[s]):.0f} calls an image to find the step. "
-                 f"Strict: {strict}. Worst prompt of all training seeds: {worst}. Composable Diffusion and the schedules run on this package's PromptSchedule.",
+            note=f"{plain_ratio}; {mean(c for s in seeds for c in calls[s]):.0f} calls an image to find the step. "
+                 "Composable Diffusion and the schedules run on this package's PromptSchedule, since no library has them.",
             figures=["lcmis-align/trained-levels.png"],
         ),
         claim(
-            "trained-fixed-switch", "One fixed switch step does as well as the search", "share with both at the fixed step 0.3, less the published search's (around 0: no search needed)",
-            [rate("prompt editing [A:p:0.3]", s) - rate(published, s) for s in seeds], seeds,
-            peers={"fixed 0.25": mean(rate("prompt editing [A:p:0.25]", s) for s in seeds), "fixed 0.3": mean(rate("prompt editing [A:p:0.3]", s) for s in seeds),
-                   "fixed 0.5": mean(rate("prompt editing [A:p:0.5]", s) for s in seeds), "published search": mean(rate(published, s) for s in seeds), "default search": mean(rate(default, s) for s in seeds)},
+            "trained-strict", "The same, counting only images as close to an ideal one as those of ordinary prompts", "share with both, strict, published search (higher is better)",
+            [rate(published, s, "strict") for s in seeds], seeds, peers={n: strict[n] for n in others},
+            bar="at least 5 times the plain sampler", passed=strict[published] >= 5 * strict["plain"],
+            note="A lenient judge takes a cross between the first concept and the hidden one for the first; switching early makes such images.",
+        ),
+        claim(
+            "trained-worst-prompt", "No prompt is left behind", f"share with both on the worst of 10 prompts, {HELD_OUT} images, published search (higher is better)",
+            worst[published], seeds, peers={n: mean(worst[n]) for n in others},
+            bar="at least 0.5, mean over training seeds", passed=mean(worst[published]) >= 0.5,
+        ),
+        claim(
+            "trained-fixed-switch", "The published search against one fixed switch step", "share with both on held-out images, published search (higher is better)",
+            [rate(published, s) for s in seeds], seeds,
+            peers={n: mean(rate(n, s) for s in seeds) for n in (*[n for n in METHODS if n.startswith("prompt editing")], default, careful)},
             bar="the search is above a fixed step of 0.3 on the mean", passed=mean(rate(published, s) for s in seeds) > mean(rate("prompt editing [A:p:0.3]", s) for s in seeds),
-            note="Where all prompts want the same step, a search has nothing to find.",
+            note="Where all prompts want the same step, a search has nothing to find. The published threshold of 0.72 also stops it at the first step that is good enough; "
+                 "an exact judge's scores are shares, so 0.95 asks for more.",
         ),
         claim(
             "trained-composable", "Two stages against Composable Diffusion", "share with both, published search (higher is better)",
             [rate(published, s) for s in seeds], seeds,
             peers={n: mean(rate(n, s) for s in seeds) for n in METHODS if n.startswith("composable")}
-            | {"strict, ours": mean(rate(published, s, "strict") for s in seeds), "strict, A + B - empty": mean(rate("composable A + B - empty", s, "strict") for s in seeds)},
+            | {n: mean(rate(n, s) for s in seeds) for n in (default, careful)}
+            | {"strict, ours": strict[published], "strict, A + B - empty": strict["composable A + B - empty"], f"strict, {careful}": strict[careful]},
             bar="not below Composable Diffusion (A + B - empty)", passed=mean(rate(published, s) for s in seeds) >= mean(rate("composable A + B - empty", s) for s in seeds),
             note="Composable Diffusion takes three denoiser calls a step (120 an image) and no search.",
         ),
         claim(
             "trained-levels", "Fewer prompts stay at level 5", f"share of prompts at level 5 of {HELD_OUT} images, published search (lower is better)",
             [mean(rate_level(o.correct, o.images) == 5 for o in found[s, published]) for s in seeds], seeds,
-            peers={n: levels[n][5] / (10 * len(seeds)) for n in names if n != published}, bar="below the plain sampler's share",
+            peers={n: levels[n][5] / (10 * len(seeds)) for n in others}, bar="below the plain sampler's share",
             passed=levels[published][5] < levels["plain"][5], note=f"Prompts at level 1/2/3/4/5: {text}",
         ),
     ]  # fmt: skip
@@ -446,7 +477,7 @@ def exciting(seeds: list[int]) -> list[Claim]:
             peers={"Attend-and-Excite (diffusers)": mean(rate.values()), "its denoiser calls": mean(o.calls for s in seeds for o in ae[s]), "it draws the hidden concept": mean(o.latent for s in seeds for o in ae[s])},
             bar="above Attend-and-Excite", passed=mean(o.both for s in seeds for o in ours[s]) > mean(rate.values()),
             note="Levels 1/2/3/4/5 with Attend-and-Excite, " + f"{EXCITED} images each: " + "/".join(str(levels[i]) for i in (1, 2, 3, 4, 5))
-                 + ". StableDiffusionAttendAndExcitePipeline at its own settings, attention maps of 8x8; it takes a backward pass at each step besides.",
+                 + ". StableDiffusionAttendAndExcitePipeline at its own settings without guidance, as all others, attention maps of 8x8; it takes a backward pass at each step besides.",
         )
     ]  # fmt: skip
 
@@ -454,17 +485,19 @@ def exciting(seeds: list[int]) -> list[Claim]:
 def warehouse(seeds: list[int]) -> list[Claim]:
     """What storing the first stage saves, and that going on from it is exact."""
     pipe, plan = exact_pipe("low contrast", OFFICIAL[0]), exact.plan("square")
-    shares, counted = [], []
+    published, *others = names = ("MoCE, published search", "MoCE, default search", "MoCE, golden section",
+                                  "MoCE, second stage auto", "MoCE, full sweep")  # fmt: skip
+    shares: dict[str, list[float]] = {name: [] for name in names}
+    counted = []
     for seed in seeds:
-        moce = testbed.moce(pipe, exact, policy="paper")
-        found = moce(plan, seeds=[10_000 * seed + i for i in range(64)], num_inference_steps=STEPS, guidance_scale=1.0)
-        probes = [row for row in found.trace if row["calls"]]
-        shares.append(found.calls / (64 * STEPS * len(probes)))
-        sweep = testbed.moce(pipe, exact, search="sweep")
-        least, most = sweep.estimate(8, STEPS)
-        measured = sweep(plan, seeds=range(8), num_inference_steps=STEPS, guidance_scale=1.0).calls
-        counted.append(float(least == most == measured))
-    three = testbed.moce(pipe, exact, search="sweep", rules=Rules(start=0.25, end=0.45))
+        numbers = [10_000 * seed + i for i in range(64)]
+        for name in names:
+            made = testbed.moce(pipe, exact, **SEARCHES[name])
+            found = made(plan, seeds=numbers, num_inference_steps=STEPS, guidance_scale=1.0)
+            probes = {(row["stage2"], row["k"]) for row in found.trace}
+            shares[name].append(found.calls / (len(numbers) * STEPS * len(probes)))
+            if name == "MoCE, full sweep":
+                counted.append(float(made.estimate(len(numbers), STEPS) == (found.calls, found.calls)))
     whole = {}
     model, text = trained_pipe(seeds[0]), trained.plans()[0].prompt
     worst, naive = [], {}
@@ -486,12 +519,13 @@ def warehouse(seeds: list[int]) -> list[Claim]:
             worst.append(max(differences))
     finally:
         model.scheduler = original
-    saved = [float(three.estimate(1, STEPS)[0]) / (STEPS * len(range(10, 19)))]
     return [
         claim(
             "warehouse", "Storing the first stage saves denoiser calls", "denoiser calls over those of the same probes run anew, published search (lower is better)",
-            shares, seeds, peers={"each probe run anew": 1.0, "paper: about a third saved, so": 2 / 3, "a sweep of k = 10..18": saved[0]},
-            bar="at most 0.8", passed=max(shares) <= 0.8,
+            shares[published], seeds, peers={"each probe run anew": 1.0, "paper: about a third saved, so": 2 / 3} | {name: mean(shares[name]) for name in others},
+            bar="at most 0.8", passed=max(shares[published]) <= 0.8,
+            note="With probes k_1..k_m of T steps the saving is (sum of k - largest k) / (m T): an arithmetic of where the search looks. "
+                 "The published search looks a few times, around k = 6 to 10 of 40 here, so no store can save it a third; many probes, or late ones, save more.",
         ),
         claim(
             "dry-run", "The count of denoiser calls that a dry run prints is the count measured", "share of sweeps in which they are equal",
@@ -499,7 +533,7 @@ def warehouse(seeds: list[int]) -> list[Claim]:
         ),
         claim(
             "resume-exact", "Going on from the warehouse is the uninterrupted run, bit for bit", "largest difference of latents over 5 schedulers (0 is exact)",
-            worst, seeds, peers={f"latents alone, {name}": value for name, value in naive.items()}, bar="0", passed=max(worst) == 0.0, headline=True,
+            worst, seeds, peers={f"latents alone, {name}": value for name, value in naive.items()}, bar="0", passed=max(worst) == 0.0,
             note="Peers go on from the same latents with a new scheduler and a new generator, as one would who stores the latents alone.",
         ),
     ]  # fmt: skip

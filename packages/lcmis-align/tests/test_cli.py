@@ -195,7 +195,7 @@ def test_bench():
     assert [row["method"] for row in found] == names
     assert found[1]["both"] > found[0]["both"]
     cost = result("bench", "--toy", "--method", "plain", "--num-images", "40", "--dry-run", "--json")
-    assert cost == {"denoiser_calls": 1600}
+    assert cost == {"denoiser_calls": 1600} == {"denoiser_calls": 40 * found[0]["calls"]}
 
 
 def test_train_writes_weights_that_load(tmp_path):

@@ -1,5 +1,6 @@
 """Levels and their intervals, judging and mining."""
 
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from lcmis_align import (
     CallableScorer,
     ConceptPair,
     DataError,
+    FilePlanner,
     LevelReport,
     RulePlanner,
     ScoreJudge,
@@ -98,6 +100,27 @@ def test_mining_rates_and_goes_on(tmp_path):
     assert more == read_mined(path)
     assert sum(planner.told[-1]) == 2
     assert sum(report(more).counts.values()) == 2
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path):
+    """Also with a planner that proposes other pairs to whoever knows the first ones."""
+    plans = tmp_path / "plans.json"
+    fields = {"first_describe": "", "second_describe": ""}
+    plans.write_text(json.dumps([{"prompt": f"{t} {s}", "first_prompt": s, "second_prompt": t, **fields}
+                                 for s in ("square", "cross") for t in ("checker", "bars")]))  # fmt: skip
+    settings = {"pipe": exact.load(), "judge_image": ScoreJudge(CallableScorer(exact.exact_scores)), "images": 2, "n": 1,
+                "num_inference_steps": 4, "guidance_scale": 1.0, "output": tmp_path / "pairs.jsonl"}  # fmt: skip
+    first, done = mine(FilePlanner(plans), "x", rounds=2, **settings), []
+    assert [m.prompt for m in first] == ["checker square", "bars square"]
+    assert mine(FilePlanner(plans), "x", rounds=2, progress=done.append, **settings) == first
+    assert done == []
+    # Killed after the first of two, it goes on with the second.
+    lines = settings["output"].read_text().splitlines(keepends=True)
+    settings["output"].write_text(lines[0])
+    assert mine(FilePlanner(plans), "x", rounds=2, progress=done.append, **settings) == first
+    assert [m.prompt for m in done] == ["bars square"]
+    # What is in the file and not proposed is kept.
+    assert mine(FilePlanner(plans), "x", rounds=1, **settings) == first
 
 
 def test_mining_errors(tmp_path):

@@ -319,6 +319,26 @@ def test_the_other_roles():
         planner_of(server, max_retries=0).scenes(found[0])
 
 
+def test_a_description_that_mentions_the_other_concept_is_sent_back():
+    wrong = {**SPLIT, "first_describe": "A cup for an Iced Coke."}
+    with Server([json.dumps(a) for a in (wrong, SPLIT, LATENT, {"describe": "A plate of soup."})]) as server:
+        assert planner_of(server).plan("a tea cup of iced coke").first.describe == "A cup."
+        assert "must not mention" in server.asked[1][1]["messages"][-1]["content"]
+        with pytest.raises(PlannerError, match='must not mention "soup"'):
+            planner_of(server, max_retries=0).describe("plate", "soup")
+
+
+def test_a_remembered_answer_that_was_spoilt_is_asked_for_again(tmp_path, caplog):
+    cache = tmp_path / "cache.jsonl"
+    with Server([json.dumps({"describe": "Round."})] * 3) as server:
+        planner_of(server, cache=cache).describe("plate", "soup")
+        record = json.loads(cache.read_text())
+        for spoilt in ({"describe": 3}, "Round."):
+            cache.write_text(json.dumps({**record, "answer": spoilt}) + "\n")
+            assert planner_of(server, cache=cache).describe("plate", "soup").describe == "Round."
+    assert "asked for again" in caplog.text
+
+
 def test_json_mode_is_asked_for():
     with Server([json.dumps({"describe": "Round."})]) as server:
         planner_of(server, json_mode=True).describe("plate", "soup")

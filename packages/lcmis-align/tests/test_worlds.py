@@ -188,6 +188,15 @@ def test_attend_and_excite_runs_on_the_trained_model(recwarn):
     assert pipe.unet.attn_processors.keys() == processors.keys()
 
 
+@pytest.mark.parametrize("name", testbed.METHODS)
+def test_calls_of_every_method_are_what_the_denoiser_sees(name):
+    pipe, rows = exact.load(), []
+    pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    images, calls = testbed.METHODS[name](pipe, exact.plan("square"), [0, 1])
+    assert len(images) == 2
+    assert sum(rows) == 2 * calls == testbed.cost(2, [name])[0] == testbed.cost(2, [name])[1]
+
+
 def test_best_of_n_by_hand():
     assert testbed.best_of(0.1, 40) == (1, pytest.approx(0.1))
     assert testbed.best_of(0.1, 96) == (3, pytest.approx(1 - 0.9**3))

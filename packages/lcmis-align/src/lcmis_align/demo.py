@@ -54,16 +54,16 @@ def run(output: Path, seed: int = 0) -> Table:
 
 def _grid(output: Path, drawn: dict[str, list[Any]], prompt: str, k: int) -> None:
     with figures.style() as plt:
-        figure, axes = plt.subplots(len(drawn), 10, figsize=(10, 2.5))
-        for row, (name, images) in zip(axes, drawn.items(), strict=True):
-            for axis, image in zip(row, images, strict=False):
+        figure = plt.figure(figsize=(10, 2.8))
+        for part, (name, images) in zip(figure.subfigures(len(drawn), 1), drawn.items(), strict=True):
+            for axis, image in zip(part.subplots(1, 10), images, strict=False):
                 axis.imshow(image, interpolation="nearest")
                 axis.set_xticks([])
                 axis.set_yticks([])
                 axis.grid(visible=False)
                 axis.spines[:].set_visible(False)
-            title = row[0].set_title(f'"{prompt}", {name}' + (f", switched at step {k}" if name == "MoCE" else ""))
-            title.set_in_layout(False)  # else the first column grows as wide as its title
+            title = f'"{prompt}", {name}' + (f", switched at step {k}" if name == "MoCE" else "")
+            part.suptitle(title, x=0.005, ha="left", fontsize="medium")
         figures.save(figure, output / "samples")
 
 

@@ -50,15 +50,18 @@ def mine(
     """Rate `rounds` times up to `n` pairs of a pattern by `images` plain samples each.
 
     From the second round on the planner is told which pairs failed (level 5) and which were drawn well.
-    output: JSON-lines file of the rated pairs; those in it are not rated again. arguments: the pipeline's own.
+    output: JSON-lines file of the rated pairs; those in it are not rated again, and a planner that answers as before is
+    told as before. Pairs in it that nobody proposes come last. arguments: the pipeline's own.
 
     Raises UserError for numbers under 1, PlannerError, DataError when `output` is no such file.
     """
     if min(n, rounds, images) < 1:
         raise UserError(f"n, rounds and images are {n}, {rounds}, {images}, expected 1 or more")
     numbers = list(range(images)) if seeds is None else list(seeds)
-    found = read_mined(output) if output is not None and output.exists() else []
-    known = {mined.pair.key for mined in found}
+    before = read_mined(output) if output is not None and output.exists() else []
+    rated = {mined.pair.key: mined for mined in before}
+    found: list[Mined] = []
+    known: set[frozenset[str]] = set()
     for _ in range(rounds):
         positives = [m.pair for m in found if m.level == 5]
         negatives = [m.pair for m in found if m.level < 5]
@@ -66,6 +69,9 @@ def mine(
             if pair.key in known:
                 continue
             known.add(pair.key)
+            if pair.key in rated:
+                found.append(rated[pair.key])
+                continue
             drawn = PromptSchedule([(pair.text, 1.0)]).run(pipe, seeds=numbers, **arguments)
             plan = ConceptPlan(Concept(pair.a), Concept(pair.b), pair.text)
             correct = sum(judge(drawn, plan, judge_image))
@@ -78,7 +84,7 @@ def mine(
                     stream.write(json.dumps(asdict(mined), ensure_ascii=False) + "\n")
             if progress is not None:
                 progress(mined)
-    return found
+    return found + [mined for mined in before if mined.pair.key not in known]
 
 
 def read_mined(path: Path) -> list[Mined]:

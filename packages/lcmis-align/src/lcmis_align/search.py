@@ -1,8 +1,8 @@
 """Which switch step draws both concepts.
 
 The later the switch, the more of the first concept and the less of the second. The paper bisects on which of the two
-scores is higher; scores are noisy and not monotone, so a bisection can end in a poor place. A strategy here asks for probes
-and returns the one it chooses; whoever calls it counts what the probes cost.
+scores is higher; scores are noisy, and where the two cross need not be where most images show both. A strategy here asks
+for probes and returns the one it chooses; whoever calls it counts what the probes cost.
 """
 
 import math
@@ -117,33 +117,47 @@ def paper(evaluate: Evaluate, total: int, rules: Rules) -> Probe:
 
 
 def binary(evaluate: Evaluate, total: int, rules: Rules) -> Probe:
-    """Bisection to where the scores cross, then a climb on the joint score around the best; never probes a k twice.
+    """From the middle of the range climb in strides of a sixth of it until the joint score falls on both sides, starting
+    where bisection would go (too much of the first concept: earlier); then follow parabolas to the top between.
 
-    Stops early at a k whose scores are both above tau, or balanced and both above the floor; takes `max_probes` at most.
+    Stops early at a k whose scores are both above tau, or balanced and both above the floor. Takes `max_probes` at most,
+    never one twice.
     """
-    low, high, k = rules.bounds(total)
-    bottom, top = low, high
+    bottom, top, middle = rules.bounds(total)
     probes: dict[int, Probe] = {}
-    while k not in probes and len(probes) < rules.max_probes:
+    k: int | None = middle
+    while k is not None and len(probes) < rules.max_probes:
         probe = probes[k] = evaluate(k)
         if _accepted(probe, rules):
             return probe
-        if probe.a > probe.b:
-            high = k
-        else:
-            low = k
-        if high - low <= 1:
-            break
-        k = _ceil((low + high) / 2)
-    stride = max(1, (top - bottom) // 8)
-    while stride and len(probes) < rules.max_probes:
-        centre = best(list(probes.values())).k
-        near = [k for k in (centre + stride, centre - stride) if bottom <= k <= top and k not in probes]
-        if not near:
-            stride //= 2
-            continue
-        probes[near[0]] = evaluate(near[0])
+        k = _next(probes, bottom, top)
     return best(list(probes.values()))
+
+
+def _next(probes: dict[int, Probe], bottom: int, top: int) -> int | None:
+    """The k that `binary` asks for after `probes`; None when it has found the top."""
+    centre = best(list(probes.values()))
+    stride = max(1, round((top - bottom) / 6))
+    left = max((k for k in probes if k < centre.k), default=None)
+    right = min((k for k in probes if k > centre.k), default=None)
+    down = max(bottom, centre.k - stride) if left is None and centre.k > bottom else None
+    up = min(top, centre.k + stride) if right is None and centre.k < top else None
+    for k in (down, up) if centre.a > centre.b else (up, down):
+        if k is not None:
+            return k
+    if left is not None and right is not None:
+        k = _vertex(probes[left], centre, probes[right])
+    else:  # the best is at an end of the range, or all there is
+        near = right if left is None else left
+        k = centre.k if near is None else round((centre.k + near) / 2)
+    return None if k in probes else k
+
+
+def _vertex(left: Probe, centre: Probe, right: Probe) -> int:
+    """Where the parabola through three joint scores is highest; `centre` is the best of them."""
+    before, after = centre.k - left.k, right.k - centre.k
+    rise, fall = after * (centre.joint - left.joint), before * (centre.joint - right.joint)
+    return centre.k + round((after * rise - before * fall) / (rise + fall) / 2) if rise + fall > 0 else centre.k
 
 
 def golden(evaluate: Evaluate, total: int, rules: Rules) -> Probe:

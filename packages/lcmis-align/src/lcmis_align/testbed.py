@@ -150,21 +150,23 @@ def measure(
     """Judge images exactly. rmse: the distance from an ideal image up to which one counts as strict (trained world)."""
     assert plan.latent is not None
     a, b, c = world.exact_scores(images, [plan.first.name, plan.second.name, plan.latent]).T.bool()
-    strict = float((a & b & (world.look(images).rmse <= rmse)).float().mean()) if rmse is not None else None
+
+    def share(which: torch.Tensor) -> float:
+        return int(which.sum()) / len(images)
+
+    strict = share(a & b & (world.look(images).rmse <= rmse)) if rmse is not None else None
     return Outcome(
-        method, float(a.float().mean()), float(b.float().mean()), float((a & b).float().mean()),
-        float((c & b).float().mean()), calls, strict, int((a & b).sum()), len(images),
+        method, share(a), share(b), share(a & b), share(c & b), calls, strict, int((a & b).sum()), len(images)
     )  # fmt: skip
 
 
 def search_outcome(
-    pipe: Any, world: ModuleType, plan: ConceptPlan, seeds: Sequence[int], method: str, rmse: float | None = None
+    pipe: Any, world: ModuleType, plan: ConceptPlan, seeds: Sequence[int], method: str, **options: Any
 ) -> Outcome:
-    """Search on `seeds` and judge the images that the search returns."""
-    result = moce(pipe, world, **SEARCHES[method])(
-        plan, seeds=seeds, num_inference_steps=STEPS, guidance_scale=1.0
-    )  # fmt: skip
-    outcome = measure(world, method, result.images, plan, result.calls / len(seeds), rmse)
+    """Search on `seeds` and judge the images that the search returns. options: of MoCE, above the method's own."""
+    searched = moce(pipe, world, **{**SEARCHES[method], **options})
+    result = searched(plan, seeds=seeds, num_inference_steps=STEPS, guidance_scale=1.0)
+    outcome = measure(world, method, result.images, plan, result.calls / len(seeds))
     outcome.switch_step, outcome.stage2 = result.switch_step, result.stage2
     return outcome
 
@@ -223,13 +225,13 @@ def compare(world_name: str, *, images: int, seed: int = 0, methods: Sequence[st
 
 
 def cost(images: int, methods: Sequence[str] | None = None) -> tuple[int, int]:
-    """Least and most denoiser calls of `compare`, guidance's second evaluation not counted."""
+    """Least and most denoiser calls of `compare`."""
     plan, least, most = exact.plan("square"), 0, 0
     pipe = exact.load()
     for name in methods or [*METHODS, *SEARCHES]:
         if name in SEARCHES:
             low, high = moce(pipe, exact, **SEARCHES[name]).estimate(images, STEPS)
         else:
-            low = high = images * SCHEDULES[name](plan).calls(STEPS)
+            low = high = images * SCHEDULES[name](plan).calls(STEPS) * (2 if name in _GUIDED else 1)
         least, most = least + low, most + high
     return least, most

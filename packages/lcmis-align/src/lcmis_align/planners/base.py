@@ -78,7 +78,10 @@ class AskingPlanner:
         """
         question = role.instruction.format(**fields)
         if (known := self.cache.get(role.name, question, self.model)) is not None:
-            return role.check(known, fields)
+            try:
+                return role.check(dict(known), fields)
+            except (ValueError, TypeError) as error:  # someone has written in the file
+                log.warning("the remembered answer to %s is of no use and is asked for again (%s)", role.name, error)
         messages = [{"role": "user", "content": question}]
         raw, wrong = "", ""
         for _ in range(self.max_retries + 1):

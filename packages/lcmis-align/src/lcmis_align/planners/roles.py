@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lcmis_align.concepts import Concept, ConceptPair, ConceptPlan
+from lcmis_align.concepts import Concept, ConceptPair, ConceptPlan, bare
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,17 @@ def _texts(answer: dict[str, Any], key: str, least: int) -> list[str]:
     return [text.strip() for text in value]
 
 
+def _describe(answer: dict[str, Any], key: str, other: str) -> str:
+    sentence = _text(answer, key)
+    if f" {bare(other)} " in f" {bare(sentence)} ":
+        raise ValueError(f'"{key}" must not mention "{other}", it is {sentence!r}')
+    return sentence
+
+
 def _split(answer: dict[str, Any], fields: dict[str, Any]) -> ConceptPlan:
-    first = Concept(_text(answer, "first_prompt"), _text(answer, "first_describe"))
-    second = Concept(_text(answer, "second_prompt"), _text(answer, "second_describe"))
+    a, b = _text(answer, "first_prompt"), _text(answer, "second_prompt")
+    first = Concept(a, _describe(answer, "first_describe", b))
+    second = Concept(b, _describe(answer, "second_describe", a))
     return ConceptPlan(first, second, fields["prompt"])
 
 
@@ -68,7 +76,7 @@ DESCRIBE = Role(
     "describe",
     'Describe how "{concept}" looks in one short sentence that does not mention "{other}". Answer with JSON: '
     '{{"describe": ...}}',
-    lambda answer, fields: _text(answer, "describe"),
+    lambda answer, fields: _describe(answer, "describe", fields["other"]),
 )
 LATENT = Role(
     "latent",
