@@ -75,6 +75,11 @@ class NullRouting(nn.Module):
             found = getattr(found, name) if name else None
         return found
 
+    def adamoe_full_correction(self: Any) -> Tensor | None:
+        """The same with the nulls', (n + m,)."""
+        correction = self.adamoe_correction()
+        return None if correction is None else torch.cat((correction.reshape(-1), self.null_correction.to(correction)))
+
     def adamoe_logits(self: Any, hidden: Tensor) -> Tensor:
         """(T, n + m), the nulls last."""
         family, bias = self.adamoe_family, getattr(self, "bias", None)
@@ -101,12 +106,10 @@ class NullRouting(nn.Module):
             normalization = ("selected_true" if normalise else "all_true") if config.null_type == "zero" else (
                 "selected_all" if normalise else "none"
             )  # fmt: skip
-        correction = self.adamoe_correction()
-        if correction is not None:
-            correction = torch.cat((correction.reshape(-1), self.null_correction.to(correction)))
         return route(
             logits, self.num_experts, self.adamoe_top_k, score=family.score, normalization=normalization,
-            weight_gradient=config.weight_gradient, null_bias=self.null_bias, correction=correction, groups=self.adamoe_groups(),
+            weight_gradient=config.weight_gradient, null_bias=self.null_bias, correction=self.adamoe_full_correction(),
+            groups=self.adamoe_groups(),
             identity=config.null_type == "identity", scaling=getattr(self, family.scaling) if family.scaling else 1.0,
             floor=getattr(self, "norm_min", None), jitter=getattr(self, "router_jitter_noise", 0.0),
         )  # fmt: skip
@@ -186,6 +189,7 @@ class NullBalance:
         routers = [r for r in layer_routers(model) if r.adamoe_record]
         routings = [r.adamoe_record[-1] for r in routers]
         for router in layer_routers(model):
+            # Closed before the backward pass, whose recomputation under gradient checkpointing must not record again.
             router.adamoe_record = None
         if output is None or not routings or isinstance(output, tuple):
             return output
@@ -264,6 +268,10 @@ def convert(model: Any, config: AdaMoEConfig | None = None, *, top_k: int | None
     if family is None or not routers:
         raise ConversionError(
             f"no mixture-of-experts layers found in {type(base).__name__}", hint="use adamoe.molora for a dense model"
+        )
+    if config.experts_implementation == "eager" and not family.eager:
+        raise ConversionError(
+            f"the eager path of {family.model_type} knows no empty slot", hint="leave experts_implementation at auto"
         )
     n, k0 = routers[0].num_experts, routers[0].top_k
     K = config.resolve_top_k(n, k0)

@@ -31,6 +31,8 @@ class Family:
     """Path, from the router, of the bias added to the scores for selection only."""
     float32: bool = False
     """Whether logits are computed in float32."""
+    eager: bool = True
+    """Whether the family's own eager expert path knows an empty slot."""
     modelling: str | None = None
     """Module of the router class when it is not transformers' own for this type."""
 
@@ -81,7 +83,7 @@ for _family in (
         groups=True, correction="e_score_correction_bias", float32=True,
     ),
     Family("granitemoe", "GraniteMoeTopKRouter", attribute="router"),
-    Family("gpt_oss", "GptOssTopKRouter", attribute="router"),
+    Family("gpt_oss", "GptOssTopKRouter", attribute="router", eager=False),
     Family(
         "ernie4_5_moe", "Ernie4_5_MoeTopKRouter", correction="moe_statics.e_score_correction_bias", float32=True
     ),
