@@ -52,7 +52,7 @@ def test_individual_and_pooled_is_the_published_value(masked):
     ours = load_balancing_loss(logits(), N, top_k=K, attention_mask=mask, balance="individual", aux_reduction="pooled")
     stock = load_balancing_loss_func(tuple(logits()), N + M, K, mask)
     assert float(ours) == pytest.approx(float(stock), rel=1e-6)
-    assert float(load_balancing_loss(logits(), N, top_k=K)) != pytest.approx(float(stock), rel=1e-3)
+    assert float(load_balancing_loss(logits(), N, top_k=K)) != pytest.approx(float(stock), rel=1e-4)
 
 
 def test_pooled_with_averaged_nulls_by_hand():

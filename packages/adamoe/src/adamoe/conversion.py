@@ -232,9 +232,9 @@ def _share(kwargs: dict[str, Any]) -> Tensor | float:
 
 
 def layer_routers(model: nn.Module) -> Iterator[Any]:
-    """The converted routers in the order of the layers; of a copy that PEFT trains, the copy."""
+    """The routers with null experts, in the order of the layers. PEFT keeps a frozen original before the copy it trains."""
     for module in model.modules():
-        if isinstance(module, NullRouting):
+        if hasattr(module, "adamoe_record"):
             yield module
 
 
