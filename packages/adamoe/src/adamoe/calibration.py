@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamoe.conversion import base_of, layer_routers
+from adamoe.conversion import base_of, layer_routers, watch
 from adamoe.errors import ConfigError
 from adamoe.records import record_load
-from adamoe.routing import selection_scores
+from adamoe.routing import Routing, selection_scores
 
 
 def set_load(model: Any, *, null_bias: float | Iterable[float]) -> Any:
@@ -114,22 +114,18 @@ def _margins(model: Any, batches: list[dict[str, Any]], routers: list[Any]) -> l
     kept: dict[int, list[Tensor]] = {id(router): [] for router in routers}
     mask: Tensor | None = None
 
-    def keep(router: Any, args: tuple, output: tuple) -> None:
+    def keep(router: Any, routing: Routing) -> None:
         scores = selection_scores(
-            output[0], router.num_experts, score=router.adamoe_family.score, groups=router.adamoe_groups(),
+            routing.logits, router.num_experts, score=router.adamoe_family.score, groups=router.adamoe_groups(),
             correction=router.adamoe_full_correction(),
         )  # fmt: skip
         found = margins(scores, router.num_experts, router.adamoe_top_k)
         kept[id(router)].append(found if mask is None else found[mask.reshape(-1).bool()])
 
-    handles = [router.register_forward_hook(keep) for router in routers]
-    try:
+    with watch(model, keep):
         for batch in batches:
             mask = batch.get("attention_mask")
             model(**{k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")})
-    finally:
-        for handle in handles:
-            handle.remove()
     # A router that PEFT keeps frozen beside the one it trains sees no token.
     return [torch.cat(store) for store in kept.values() if store]
 

@@ -10,6 +10,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,13 +37,13 @@ class NullRouting(nn.Module):
     adamoe_config: AdaMoEConfig
     adamoe_family: Family
     adamoe_top_k: int
-    adamoe_record: list[Routing] | None
+    adamoe_watchers: list[Callable[[Any, Routing], None]]
     adamoe_router: Callable[..., Routing] | None
 
     def adamoe_attach(self: Any, config: AdaMoEConfig, family: Family, *, top_k: int) -> None:
         """Add the null rows, uninitialised; the caller has set the class."""
         self.adamoe_config, self.adamoe_family, self.adamoe_top_k = config, family, top_k
-        self.adamoe_record, self.adamoe_router = None, None
+        self.adamoe_watchers, self.adamoe_router = [], None
         m, weight = config.num_null_experts, self.weight
         self.null_weight = nn.Parameter(weight.new_zeros(m, weight.shape[1]), requires_grad=weight.requires_grad)
         self.register_buffer("null_bias", torch.zeros((), dtype=torch.float32, device=weight.device))
@@ -135,8 +136,8 @@ class NullRouting(nn.Module):
             routing = self.adamoe_route(self.adamoe_logits(hidden))
             weights = routing.weights.to(hidden_states.dtype)
             logits, index = routing.logits, routing.index
-        if self.adamoe_record is not None:
-            self.adamoe_record.append(routing)
+        for watcher in self.adamoe_watchers:
+            watcher(self, routing)
         return logits, weights, index
 
 
@@ -161,6 +162,7 @@ class NullBalance:
         self.config = config
         self.progress = 0.0
         self.wants_logits = False
+        self.seen: list[tuple[Any, Routing]] = []
         self.load: Tensor | None = None
         self.tokens: Tensor | float = 0.0
 
@@ -179,18 +181,19 @@ class NullBalance:
         self.wants_logits = bool(getattr(model.config, "output_router_logits", False) if wanted is None else wanted)
         if self.wants_logits or kwargs.get("labels") is not None:
             for router in layer_routers(model):
-                router.adamoe_record = []
+                router.adamoe_watchers.append(self.see)
         if "output_router_logits" in inspect.signature(model.forward).parameters:
             kwargs["output_router_logits"] = False
         return args, kwargs
 
     def after(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Post-hook: take the records, and add the loss in training."""
-        routers = [r for r in layer_routers(model) if r.adamoe_record]
-        routings = [r.adamoe_record[-1] for r in routers]
+        # Ended before the backward pass, whose recomputation under gradient checkpointing must not be seen again.
         for router in layer_routers(model):
-            # Closed before the backward pass, whose recomputation under gradient checkpointing must not record again.
-            router.adamoe_record = None
+            if self.see in router.adamoe_watchers:
+                router.adamoe_watchers.remove(self.see)
+        routers, routings = [r for r, _ in self.seen], [routing for _, routing in self.seen]
+        self.seen = []
         if output is None or not routings or isinstance(output, tuple):
             return output
         mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
@@ -213,6 +216,10 @@ class NullBalance:
                 output["router_logits"] = tuple(r.logits for r in routings)
         return output
 
+    def see(self, router: Any, routing: Routing) -> None:
+        """Watcher of the routers."""
+        self.seen.append((router, routing))
+
     @torch.no_grad()
     def _count(self, routers: list[Any], routings: list[Routing], mask: Tensor | None) -> None:
         loads = torch.stack([r.load(q.num_experts).float().cpu() for q, r in zip(routers, routings, strict=True)])
@@ -234,8 +241,21 @@ def _share(kwargs: dict[str, Any]) -> Tensor | float:
 def layer_routers(model: nn.Module) -> Iterator[Any]:
     """The routers with null experts, in the order of the layers. PEFT keeps a frozen original before the copy it trains."""
     for module in model.modules():
-        if hasattr(module, "adamoe_record"):
+        if hasattr(module, "adamoe_watchers"):
             yield module
+
+
+@contextmanager
+def watch(model: nn.Module, watcher: Callable[[Any, Routing], None]) -> Iterator[None]:
+    """Have every router tell `watcher(router, routing)` of each decision inside the context."""
+    routers = list(layer_routers(model))
+    for router in routers:
+        router.adamoe_watchers.append(watcher)
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.adamoe_watchers.remove(watcher)
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -323,7 +343,7 @@ def revert(model: Any) -> Any:
         for name in PARAMETERS:
             if hasattr(router, name):
                 delattr(router, name)
-        for name in ("adamoe_config", "adamoe_family", "adamoe_top_k", "adamoe_record", "adamoe_router"):
+        for name in ("adamoe_config", "adamoe_family", "adamoe_top_k", "adamoe_watchers", "adamoe_router"):
             delattr(router, name)
         router.__class__ = next(c for c in type(router).__mro__[1:] if c is not NullRouting)
     for module in _expert_modules(base):

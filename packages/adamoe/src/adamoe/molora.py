@@ -73,8 +73,9 @@ class MoLoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, config: MoLoRAConfig):
         super().__init__()
         self.base = base.requires_grad_(False)
+        self.adamoe_watchers: list[Any] = []
         self.num_experts, self.adamoe_top_k, self.scale = config.num_experts, config.top_k, config.lora_alpha / config.r
-        self.adamoe_family, self.adamoe_record = FAMILY, None
+        self.adamoe_family = FAMILY
         new = base.weight.new_empty
         self.weight = nn.Parameter(new(config.num_experts, base.in_features))
         self.null_weight = nn.Parameter(new(config.num_null_experts, base.in_features))
@@ -94,8 +95,8 @@ class MoLoRALinear(nn.Module):
         """hidden: (..., d)."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         routing = self.route(rows)
-        if self.adamoe_record is not None:
-            self.adamoe_record.append(routing)
+        for watcher in self.adamoe_watchers:
+            watcher(self, routing)
         output = self.base(rows)
         K = self.adamoe_top_k
         flat, weights = routing.index.reshape(-1), routing.weights.reshape(-1, 1).to(output.dtype)

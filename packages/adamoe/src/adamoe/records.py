@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamoe.conversion import layer_routers
+from adamoe.conversion import layer_routers, watch
 from adamoe.errors import ConversionError
+from adamoe.routing import Routing
 
 
 @dataclass
@@ -100,15 +101,11 @@ def record_load(
     record = LoadRecord(None if token_ids is None else token_ids.cpu(), mask, routers[0].num_experts)
     places: dict[int, list[Tensor]] = {}
 
-    def count(router: Any, args: tuple, output: tuple) -> None:
+    def count(router: Any, routing: Routing) -> None:
         if id(router) not in places:
             places[id(router)] = []
             record.layers.append(places[id(router)])
-        places[id(router)].append((output[2] < router.num_experts).sum(-1).cpu())
+        places[id(router)].append(routing.load(router.num_experts).cpu())
 
-    handles = [router.register_forward_hook(count) for router in routers]
-    try:
+    with watch(model, count):
         yield record
-    finally:
-        for handle in handles:
-            handle.remove()
