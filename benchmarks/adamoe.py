@@ -64,6 +64,7 @@ class TopP:
 
     def __init__(self, model: Any, wanted: float):
         self.model, self.wanted, self.threshold = model, wanted, 0.5
+        base_of(model).adamoe.counting = True
         routers.use(model, routers.top_p, threshold=self.threshold)
 
     def __call__(self, model: Any, progress: float) -> None:
@@ -101,7 +102,12 @@ def arm(name: str, seed: int) -> Scores:
     result["seconds"] = time.process_time() - start
     with replace_atomically(file) as partial:
         partial.write_text(json.dumps(result), encoding="utf-8")
-    print(f"    {name} {seed}: {result['seconds']:.0f} s", {k: round(v, 3) for k, v in result.items()}, file=sys.stderr, flush=True)
+    print(
+        f"    {name} {seed}: {result['seconds']:.0f} s",
+        {k: round(v, 3) for k, v in result.items()},
+        file=sys.stderr,
+        flush=True,
+    )
     return result
 
 
@@ -144,7 +150,11 @@ def _tuned(name: str, seed: int, base: Any, language: Any) -> Scores:
         for target in (1.75, 1.5, 1.25, 1.0, 0.75):
             calibrate(model, [fresh(91_000)], target_load=target)
             found = score(model, language, seed=seed)
-            result |= {f"to {target} load": found["load"], f"to {target} ce": found["ce"], f"to {target} hard": found["accuracy hard"]}
+            result |= {
+                f"to {target} load": found["load"],
+                f"to {target} ce": found["ce"],
+                f"to {target} hard": found["accuracy hard"],
+            }
         set_load(model, null_bias=0.0)
     if name in ("AdaMoE", "AdaMoE, load controller"):
         with record_load(model) as record, torch.no_grad():

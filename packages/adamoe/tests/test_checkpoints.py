@@ -107,12 +107,16 @@ def test_a_lost_bias_is_zero_and_lost_rows_are_an_error(tmp_path, tokens):
     tensors = load_file(file)
     save_file({k: v for k, v in tensors.items() if "null_bias" not in k}, file, metadata={"format": "pt"})
     assert torch.equal(from_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
-    save_file({k: v for k, v in tensors.items() if "layers.1" not in k or "null" not in k}, file, metadata={"format": "pt"})
+    save_file(
+        {k: v for k, v in tensors.items() if "layers.1" not in k or "null" not in k}, file, metadata={"format": "pt"}
+    )
     with pytest.raises(UserError, match="null_weight"):
         from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("settings", "cause"), [({"num_null_experts": 16}, "8 null experts"), ({"top_k": 4}, "top_k 3")])
+@pytest.mark.parametrize(
+    ("settings", "cause"), [({"num_null_experts": 16}, "8 null experts"), ({"top_k": 4}, "top_k 3")]
+)
 def test_settings_that_are_not_the_checkpoints(settings, cause, tmp_path):
     converted().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=cause):

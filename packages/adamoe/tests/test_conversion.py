@@ -44,7 +44,9 @@ def test_conversion_keeps_the_function_and_revert_every_bit(name, tokens):
 
 
 @pytest.mark.parametrize("name", TIER_1)
-@pytest.mark.parametrize("kernel", ["adamoe_loop", "adamoe_grouped", "adamoe_static", "eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize(
+    "kernel", ["adamoe_loop", "adamoe_grouped", "adamoe_static", "eager", "grouped_mm", "batched_mm"]
+)
 @torch.no_grad()
 def test_every_kernel_keeps_the_function(name, kernel, tokens):
     k0s = (2,) if name == "phimoe" else (1, 2, 4, 8)  # phimoe's own router is written for two
@@ -61,7 +63,15 @@ def test_which_k_keeps_the_function(mixtral, tokens):
     """Both ends of the interval keep it, one beyond does not, and that is said."""
     before = mixtral(tokens).logits
     assert [preserving_top_k(8, 8 * r, 2)[0] for r in range(1, 7)] == [3, 4, 5, 6, 7, 8]
-    for m, k, same in ((8, 2, False), (8, 3, True), (8, 4, True), (8, 5, False), (32, 4, False), (32, 6, True), (40, 8, True)):
+    for m, k, same in (
+        (8, 2, False),
+        (8, 3, True),
+        (8, 4, True),
+        (8, 5, False),
+        (32, 4, False),
+        (32, 6, True),
+        (40, 8, True),
+    ):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             convert(mixtral, AdaMoEConfig(num_null_experts=m, top_k=k))
@@ -137,7 +147,7 @@ def test_on_the_meta_device():
 
 
 def test_compiled_without_a_break(tokens):
-    """"adamoe" is static while compiling; one graph gives what the loop gives."""
+    """ "adamoe" is static while compiling; one graph gives what the loop gives."""
     model = converted(noise=0.3)
     layer = model.model.layers[0].mlp
     hidden = torch.randn(2, 6, 32)
@@ -183,7 +193,9 @@ def test_models_that_cannot_be_converted(mixtral):
     revert(mixtral)
     with pytest.raises(ConversionError, match="no null experts"):
         revert(mixtral)
-    dense = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    dense = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
     with pytest.raises(ConversionError, match="use adamoe.molora"):
         convert(dense)
     mixtral.config.quantization_config = {"quant_method": "bitsandbytes"}

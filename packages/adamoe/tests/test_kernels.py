@@ -14,7 +14,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 KERNELS = ["adamoe_loop", "adamoe_grouped", "adamoe_static", "eager", "grouped_mm", "batched_mm"]
 
 
-
 def layer(name="mixtral", kernel="adamoe_loop"):
     model = converted(name, experts_implementation=kernel)
     part = model.model.layers[0]
@@ -81,7 +80,10 @@ def poisoned():
     """Uninitialised memory is NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    fill, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, True
+    fill, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
     try:
         assert torch.empty(3).isnan().all()
         yield

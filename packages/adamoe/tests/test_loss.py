@@ -123,14 +123,22 @@ def test_router_logits_and_aux_loss_are_given_on_request(tokens):
     model = converted(noise=0.2)
     output = model(tokens, labels=tokens, output_router_logits=True)
     assert [tuple(z.shape) for z in output.router_logits] == [(24, 16)] * 2
-    assert float(output.aux_loss) == pytest.approx(float(load_balancing_loss(output.router_logits, 8, top_k=3)), rel=1e-5)
-    assert float(output.loss) == pytest.approx(float(model(tokens, labels=tokens).loss)), "evaluation is cross-entropy alone"
+    assert float(output.aux_loss) == pytest.approx(
+        float(load_balancing_loss(output.router_logits, 8, top_k=3)), rel=1e-5
+    )
+    assert float(output.loss) == pytest.approx(float(model(tokens, labels=tokens).loss)), (
+        "evaluation is cross-entropy alone"
+    )
     assert not any(r.adamoe_watchers for r in layer_routers(model))
 
 
 def test_where_the_null_rows_get_their_gradient(tokens):
     """From eq. 6 alone: the task's loss gives them nothing, unless the straight-through gradient is on."""
-    for gradient, coefficient, some in (("true_only", 0.0, False), ("true_only", 0.02, True), ("straight_through", 0.0, True)):
+    for gradient, coefficient, some in (
+        ("true_only", 0.0, False),
+        ("true_only", 0.02, True),
+        ("straight_through", 0.0, True),
+    ):
         model = converted(noise=0.2, weight_gradient=gradient, aux_coef=(coefficient, coefficient)).train()
         model(tokens, labels=tokens).loss.backward()
         for router in layer_routers(model):

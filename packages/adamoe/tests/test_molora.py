@@ -10,7 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 def dense(**settings):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **settings})).eval()
 
 
@@ -32,7 +38,9 @@ def test_with_b_zero_it_is_the_model(tokens):
 
 @torch.no_grad()
 def test_a_layer_against_the_formula():
-    layer = MoLoRALinear(torch.nn.Linear(6, 5), MoLoRAConfig(num_experts=3, num_null_experts=2, top_k=3, r=2, lora_alpha=4))
+    layer = MoLoRALinear(
+        torch.nn.Linear(6, 5), MoLoRAConfig(num_experts=3, num_null_experts=2, top_k=3, r=2, lora_alpha=4)
+    )
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(2, 4, 6)
     expected = []
@@ -59,7 +67,9 @@ def test_the_loss_reaches_the_router(tokens):
     assert all(p.grad is None for name, p in model.named_parameters() if ".base." in name)
     logits = []
     for m in layers:
-        m.register_forward_pre_hook(lambda m, args: logits.append(m.route(args[0].reshape(-1, args[0].shape[-1])).logits))
+        m.register_forward_pre_hook(
+            lambda m, args: logits.append(m.route(args[0].reshape(-1, args[0].shape[-1])).logits)
+        )
     model.eval()(tokens)
     aux = load_balancing_loss(logits, 4, top_k=4)
     assert float(output.loss) - plain == pytest.approx(0.1 * float(aux), rel=1e-3)
@@ -94,7 +104,12 @@ def test_adapters_are_saved_and_loaded(tmp_path, tokens):
 
 @pytest.mark.parametrize(
     ("settings", "cause"),
-    [({"top_k": 10}, "top_k is 10"), ({"r": 0}, "r 0"), ({"num_experts": 0}, "num_experts 0"), ({"target_modules": []}, "empty")],
+    [
+        ({"top_k": 10}, "top_k is 10"),
+        ({"r": 0}, "r 0"),
+        ({"num_experts": 0}, "num_experts 0"),
+        ({"target_modules": []}, "empty"),
+    ],
 )
 def test_settings(settings, cause):
     with pytest.raises(ConfigError, match=cause):

@@ -66,5 +66,3 @@ def converted(model_type: str = "mixtral", *, seed: int = 0, noise: float = 0.0,
         for router in layer_routers(model):
             router.null_weight.add_(noise * torch.randn_like(router.null_weight))
     return model
-
-

@@ -27,7 +27,7 @@ GATE2 = r"\.gate2\.weight"
 
 
 @cache
-def model_class(model_type: str, registered: bool = False) -> type:
+def model_class(model_type: str, registered: bool = False) -> Any:
     """The causal language model of a family with null routers built in, so that loading fills their rows.
 
     It bears the stock class's name, which is therefore what `save_pretrained` writes as the architecture; the registered
@@ -47,8 +47,14 @@ def model_class(model_type: str, registered: bool = False) -> type:
             settings = settings_of(config)
             if settings is None:
                 raise CheckpointError("the configuration has no 'adamoe' settings", hint="convert the model first")
-            routers = [m for m in self.modules() if isinstance(m, family.router_class())]
-            attach(self, settings, family, routers=routers, top_k=settings.resolve_top_k(routers[0].num_experts, routers[0].top_k))
+            routers: list[Any] = [m for m in self.modules() if isinstance(m, family.router_class())]
+            attach(
+                self,
+                settings,
+                family,
+                routers=routers,
+                top_k=settings.resolve_top_k(routers[0].num_experts, routers[0].top_k),
+            )
 
         @classmethod
         def from_pretrained(cls, name: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -61,7 +67,9 @@ def model_class(model_type: str, registered: bool = False) -> type:
     Converted.__module__ = __name__
     if registered:
         config_name = f"AdaMoE{stock_config.__name__}"
-        Converted.config_class = type(config_name, (stock_config,), {"model_type": PREFIX + model_type, "__module__": __name__})
+        Converted.config_class = type(
+            config_name, (stock_config,), {"model_type": PREFIX + model_type, "__module__": __name__}
+        )
         setattr(sys.modules[__name__], config_name, Converted.config_class)
     return Converted
 
@@ -70,7 +78,10 @@ def model_class(model_type: str, registered: bool = False) -> type:
 def register() -> None:
     """Make AutoConfig and AutoModelForCausalLM know the model types `adamoe_<type>`, and their checkpoint layout."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
 
     for model_type, family in list(FAMILIES.items()):
         if family.modelling is not None:
@@ -85,7 +96,9 @@ def register() -> None:
 
 def register_family(model_type: str, family: Family) -> None:
     """The family of a registered type is that of the stock one."""
-    FAMILIES[model_type] = Family(**{**family.__dict__, "model_type": model_type, "modelling": family.module().__name__})
+    FAMILIES[model_type] = Family(
+        **{**family.__dict__, "model_type": model_type, "modelling": family.module().__name__}
+    )
 
 
 def from_pretrained(name: str | Path, *, adamoe_config: AdaMoEConfig | None = None, **kwargs: Any) -> Any:
@@ -136,7 +149,9 @@ def _check_rows(model: Any, missing: set[str], name: Any) -> None:
     """What a checkpoint lacks the loader leaves as it finds the memory: no bias means 0, no rows is an error."""
     absent = sorted(key for key in missing if key.rpartition(".")[2] in PARAMETERS and not key.endswith("null_bias"))
     if absent:
-        raise CheckpointError(f"'{name}' lacks {absent[0]} ({len(absent)} such)", hint="convert the stock model instead")
+        raise CheckpointError(
+            f"'{name}' lacks {absent[0]} ({len(absent)} such)", hint="convert the stock model instead"
+        )
     for key in missing:
         if key.endswith("null_bias"):
             model.get_buffer(key).zero_()
@@ -156,7 +171,9 @@ def _null_rows(folder: Path) -> tuple[int, bool] | None:
         except Exception as error:
             raise CheckpointError(f"'{file}' is damaged ({error})", hint="save or download it again") from error
     if len(counts) > 1:
-        raise CheckpointError(f"'{folder}' has layers with {sorted(c[0] for c in counts)} null rows, expected one number")
+        raise CheckpointError(
+            f"'{folder}' has layers with {sorted(c[0] for c in counts)} null rows, expected one number"
+        )
     return counts.pop() if counts else None
 
 
@@ -174,7 +191,9 @@ def export(model: Any, folder: str | Path, layout: Layout = "in_place") -> Path:
         if not family.model_type.endswith("mixtral"):
             raise CheckpointError(f"the official layout is Mixtral's, the model is {family.model_type}")
         if any(float(r.null_bias) for r in layer_routers(base)):
-            raise CheckpointError("the official layout has no place for a null bias", hint="set_load(model, null_bias=0)")
+            raise CheckpointError(
+                "the official layout has no place for a null bias", hint="set_load(model, null_bias=0)"
+            )
     folder = Path(folder)
     with hub.replace_atomically(folder) as partial:
         base.save_pretrained(partial)
@@ -216,7 +235,13 @@ def _rewrite(folder: Path, layout: Layout, model_type: str) -> None:
 
 def copy_tokenizer(source: str | Path, target: Path) -> None:
     """Take the tokenizer's files along, where `source` is a folder that has them."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "generation_config.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "tokenizer.model",
+        "generation_config.json",
+    ):
         file = Path(source) / name
         if file.is_file() and not (target / name).exists():
             shutil.copyfile(file, target / name)

@@ -21,7 +21,9 @@ WeightGradient = Literal["true_only", "straight_through"]
 Balance = Literal["null_average", "individual"]
 Reduction = Literal["per_layer", "pooled"]
 Anneal = Literal["step", "linear", "cosine"]
-Experts = Literal["auto", "adamoe", "adamoe_grouped", "adamoe_loop", "adamoe_static", "eager", "grouped_mm", "batched_mm"]
+Experts = Literal[
+    "auto", "adamoe", "adamoe_grouped", "adamoe_loop", "adamoe_static", "eager", "grouped_mm", "batched_mm"
+]
 CHOICES: dict[str, Any] = {
     "null_init": NullInit,
     "null_type": NullType,

@@ -155,7 +155,7 @@ class NullBalance:
     """The hooks of a converted model: they add alpha times eq. 6 to its loss and count the load.
 
     progress: share of training done, in [0, 1]; sets alpha by the annealing schedule.
-    load, tokens: sums over the forward passes since `reset`, per layer, for the load controller.
+    load, tokens: sums over the forward passes since `reset`, per layer, while `counting`, for the load controller.
     """
 
     def __init__(self, config: AdaMoEConfig):
@@ -163,6 +163,7 @@ class NullBalance:
         self.progress = 0.0
         self.wants_logits = False
         self.seen: list[tuple[Any, Routing]] = []
+        self.counting = config.target_load is not None
         self.load: Tensor | None = None
         self.tokens: Tensor | float = 0.0
 
@@ -200,7 +201,8 @@ class NullBalance:
         mask = mask if mask is not None and mask.dim() == 2 and mask.numel() == routings[0].index.shape[0] else None
         trained = model.training and labels is not None
         if trained:
-            self._count(routers, routings, mask)
+            if self.counting:
+                self._count(routers, routings, mask)
         if trained or self.wants_logits:
             aux = load_balancing_loss(
                 [r.logits for r in routings], routers[0].num_experts, top_k=routings[0].selected.shape[-1],
@@ -222,8 +224,9 @@ class NullBalance:
 
     @torch.no_grad()
     def _count(self, routers: list[Any], routings: list[Routing], mask: Tensor | None) -> None:
-        loads = torch.stack([r.load(q.num_experts).float().cpu() for q, r in zip(routers, routings, strict=True)])
-        keep = torch.ones(loads.shape[1]) if mask is None else mask.reshape(-1).float().cpu()
+        device = routings[0].index.device
+        loads = torch.stack([r.load(q.num_experts).float().to(device) for q, r in zip(routers, routings, strict=True)])
+        keep = torch.ones(loads.shape[1], device=device) if mask is None else mask.reshape(-1).to(loads)
         total = (loads * keep).sum(1)
         self.load = total if self.load is None else self.load + total
         self.tokens = self.tokens + keep.sum()
@@ -284,7 +287,7 @@ def convert(model: Any, config: AdaMoEConfig | None = None, *, top_k: int | None
             hint="load it without a quantization_config",
         )
     family = family_of(_text_config(base).model_type) if _has_experts(base) else None
-    routers = [] if family is None else [m for m in base.modules() if isinstance(m, family.router_class())]
+    routers: list[Any] = [] if family is None else [m for m in base.modules() if isinstance(m, family.router_class())]
     if family is None or not routers:
         raise ConversionError(
             f"no mixture-of-experts layers found in {type(base).__name__}", hint="use adamoe.molora for a dense model"
@@ -297,8 +300,14 @@ def convert(model: Any, config: AdaMoEConfig | None = None, *, top_k: int | None
     K = config.resolve_top_k(n, k0)
     kept = preserving_top_k(n, config.num_null_experts, k0)
     if config.null_init == "copy" and (kept is None or K not in kept):
-        where = f"K from {kept[0]} to {kept[-1]} would keep it" if kept else f"only multiples of {n} null experts can keep it"
-        warnings.warn(f"top_k {K} with {config.num_null_experts} null experts changes the function; {where}", stacklevel=2)
+        where = (
+            f"K from {kept[0]} to {kept[-1]} would keep it"
+            if kept
+            else f"only multiples of {n} null experts can keep it"
+        )
+        warnings.warn(
+            f"top_k {K} with {config.num_null_experts} null experts changes the function; {where}", stacklevel=2
+        )
     attach(base, config, family, routers=routers, top_k=K)
     for router in routers:
         router.adamoe_initialise()

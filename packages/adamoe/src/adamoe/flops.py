@@ -90,5 +90,7 @@ def _size(config: Any, *names: str, default: int | None = None) -> int:
         if isinstance(value, int) and value >= 0:
             return value
     if default is None:
-        raise ConfigError(f"the model's configuration has no {' or '.join(names)}", hint="give a mixture-of-experts one")
+        raise ConfigError(
+            f"the model's configuration has no {' or '.join(names)}", hint="give a mixture-of-experts one"
+        )
     return default

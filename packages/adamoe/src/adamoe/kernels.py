@@ -117,9 +117,7 @@ def _product(rows: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     return rows @ weight if transposed else linear(rows, weight)
 
 
-def _combine(
-    rows: Tensor, weight: Tensor, token: Tensor, place: Tensor, T: int, K: int, like: Tensor
-) -> Tensor:
+def _combine(rows: Tensor, weight: Tensor, token: Tensor, place: Tensor, T: int, K: int, like: Tensor) -> Tensor:
     """Weigh the pairs' outputs (P, d) and add them up per token, in float32: (T, d)."""
     weighted = (rows * weight.unsqueeze(-1)).float()
     d = rows.shape[-1]

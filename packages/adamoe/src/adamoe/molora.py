@@ -184,4 +184,3 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
         raise CheckpointError(f"'{folder}' is of another model ({(wrong or sorted(set(tensors) - set(expected)))[0]})")
     model.load_state_dict(tensors, strict=False)
     return model
-

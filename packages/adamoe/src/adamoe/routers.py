@@ -59,11 +59,15 @@ def mod(logits: Tensor, num_experts: int, top_k: int, *, capacity: float = 0.75)
     The first null row scores the tokens; its sigmoid multiplies the weights, which gives it a gradient.
     """
     if logits.shape[-1] <= num_experts:
-        raise ConfigError("mod scores tokens with a null row, and there is none", hint="convert with num_null_experts=1")
+        raise ConfigError(
+            "mod scores tokens with a null row, and there is none", hint="convert with num_null_experts=1"
+        )
     if not 0 < capacity <= 1:
         raise ConfigError(f"capacity is {capacity}, expected a share of the tokens")
     value = logits[:, num_experts].float()
-    chosen = torch.zeros_like(value, dtype=torch.bool).scatter_(0, value.topk(math.ceil(capacity * len(value)))[1], True)
+    chosen = torch.zeros_like(value, dtype=torch.bool).scatter_(
+        0, value.topk(math.ceil(capacity * len(value)))[1], True
+    )
     routing = route(logits[:, :num_experts], num_experts, top_k)
     weights = routing.weights * value.sigmoid().unsqueeze(-1) * chosen.unsqueeze(-1)
     index = torch.where(chosen.unsqueeze(-1), routing.index, num_experts)
@@ -136,7 +140,10 @@ class BiasBalancer:
         self.biases, self.counts = [], []
         for router in layer_routers(model):
             total = router.num_experts + router.null_weight.shape[0]
-            bias, count = torch.zeros(total, device=router.weight.device), torch.zeros(total, device=router.weight.device)
+            bias, count = (
+                torch.zeros(total, device=router.weight.device),
+                torch.zeros(total, device=router.weight.device),
+            )
             router.adamoe_router = partial(_counted, bias=bias, count=count)
             self.biases.append(bias)
             self.counts.append(count)

@@ -92,9 +92,7 @@ def route(
     if not 1 <= top_k <= total:
         raise ConfigError(f"top_k is {top_k} with {n} true and {total - n} null experts", hint=f"take 1 to {total}")
     with torch.no_grad():
-        scores = selection_scores(
-            logits, n, score=score, null_bias=null_bias, correction=correction, groups=groups
-        )
+        scores = selection_scores(logits, n, score=score, null_bias=null_bias, correction=correction, groups=groups)
         selected = scores.topk(top_k, -1)[1]
     is_true = selected < n
     index = torch.where(is_true, selected, n)

@@ -109,7 +109,14 @@ Step = Callable[[Any, float], None]
 
 
 def train(
-    model: Any, language: Language, steps: int, *, seed: int, lr: float, rows: int = 24, length: int = 64,
+    model: Any,
+    language: Language,
+    steps: int,
+    *,
+    seed: int,
+    lr: float,
+    rows: int = 24,
+    length: int = 64,
     after_step: Step | None = None,
 ) -> list[float]:
     """AdamW with warm-up and linear decay to 10 %, gradients clipped to norm 1; returns the losses.
@@ -179,7 +186,12 @@ def score(model: Any, language: Language, *, seed: int = 0, rows: int = 96, leng
 
 
 def fine_tune(
-    model: Any, language: Language, config: AdaMoEConfig | None, *, seed: int, steps: int = 300,
+    model: Any,
+    language: Language,
+    config: AdaMoEConfig | None,
+    *,
+    seed: int,
+    steps: int = 300,
     prepare: Callable[[Any], Step | None] | None = None,
 ) -> Any:
     """A copy of the model, converted as `config` says (None: not at all), fine-tuned on `language`.

@@ -35,13 +35,14 @@ class LoadController:
             raise ConfigError(f"target_load is {wanted}, out of reach with top_k {self.balance.config.top_k}",
                               hint=f"take 0 to {top}")  # fmt: skip
         self.target = wanted
+        self.balance.counting = True
 
     @torch.no_grad()
     def step(self) -> list[float]:
         """Use the tokens counted since the last step; returns their load per layer."""
         if self.balance.load is None:
             return []
-        totals = torch.cat((self.balance.load, torch.as_tensor(self.balance.tokens).reshape(1)))
+        totals = torch.cat((self.balance.load, torch.as_tensor(self.balance.tokens).to(self.balance.load).reshape(1)))
         self.balance.reset()
         routers = [r for r in layer_routers(self.model) if r.null_weight.shape[0]]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
