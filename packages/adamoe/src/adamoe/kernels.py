@@ -62,7 +62,7 @@ def adamoe_loop(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
         outer = _product(inner, downs[e], self.is_transposed)
         if biases is not None:
             outer = outer + biases[1][e]
-        if self.has_post_expert_norm:
+        if getattr(self, "has_post_expert_norm", False):
             outer = self.post_expert_norm(outer)
         results.append(outer)
         start += count
@@ -81,7 +81,7 @@ def adamoe_grouped(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     inner = grouped_linear(hidden_states[token], up, offsets, bias=up_bias, is_transposed=self.is_transposed)
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
     outer = grouped_linear(inner, self.down_proj, offsets, bias=down_bias, is_transposed=self.is_transposed)
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):
         outer = self.post_expert_norm(outer)
     return _combine(outer, weight, token, place, T, K, hidden_states)
 
