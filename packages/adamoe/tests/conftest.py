@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_mixtures import build  # noqa: E402 - beside this file
+from tiny_mixtures import build
 
 
 @pytest.fixture

@@ -196,7 +196,7 @@ def test_models_that_cannot_be_converted(mixtral):
     dense = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
-    with pytest.raises(ConversionError, match="use adamoe.molora"):
+    with pytest.raises(ConversionError, match=r"use adamoe\.molora"):
         convert(dense)
     mixtral.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(ConversionError, match="quantised"):

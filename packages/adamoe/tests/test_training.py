@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-
 from pathlib import Path
 
 import pytest
@@ -55,11 +54,15 @@ def test_accumulation_of_copies_equals_one_batch(tmp_path, tokens):
 
 
 def test_accumulation_of_different_sequences_keeps_the_share_of_the_balance(tmp_path):
-    rows = [{"input_ids": torch.randint(3, 40, (16 + i,), generator=torch.Generator().manual_seed(i)).tolist()} for i in range(8)]
+    rows = [
+        {"input_ids": torch.randint(3, 40, (16 + i,), generator=torch.Generator().manual_seed(i)).tolist()}
+        for i in range(8)
+    ]
     part = {}
     for batch, accumulation in ((8, 1), (1, 8)):
         with_it, without = (
-            one_step(rows, batch=batch, accumulation=accumulation, tmp_path=tmp_path, coefficient=c)[1] for c in (1.0, 0.0)
+            one_step(rows, batch=batch, accumulation=accumulation, tmp_path=tmp_path, coefficient=c)[1]
+            for c in (1.0, 0.0)
         )
         part[batch] = with_it - without
     assert part[1] == pytest.approx(part[8], rel=0.25) and part[8] > 1
@@ -144,9 +147,8 @@ def test_a_peft_model_can_be_converted(tokens):
 
 
 def test_the_controller_reaches_its_target():
-    from adamoe.testbed import Language, make_model, train
-
     from adamoe import convert
+    from adamoe.testbed import Language, make_model, train
 
     language = Language.make(0)
     model = make_model(0, hidden_size=32, intermediate_size=32)
@@ -277,7 +279,13 @@ def test_other_methods(method, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "cause"),
-    [("", "is empty"), ("nonsense", "line 1 has no text"), ('{"text": ""}', "empty text"), ('{"text": 3}', "empty text"), ("[1]", "no text")],
+    [
+        ("", "is empty"),
+        ("nonsense", "line 1 has no text"),
+        ('{"text": ""}', "empty text"),
+        ('{"text": 3}', "empty text"),
+        ("[1]", "no text"),
+    ],
 )
 def test_text_files(text, cause, tmp_path):
     (tmp_path / "a.jsonl").write_text(text)

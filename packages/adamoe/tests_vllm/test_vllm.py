@@ -39,7 +39,9 @@ def test_greedy_tokens_are_those_of_transformers(engine, saved, ours, model_type
     got = engine("generate", model=str(folder), architecture=ARCHITECTURE[model_type], prompts=PROMPTS, new=NEW)
     assert got["tokens"] == expected
     assert len(got["blocks"]) == 2
-    assert all(pairs == computed for _, pairs, computed in got["blocks"]), "one kernel row for each true pair, and no other"
+    assert all(pairs == computed for _, pairs, computed in got["blocks"]), (
+        "one kernel row for each true pair, and no other"
+    )
     if rows == "copied":
         assert all(pairs == {"mixtral": 2, "qwen3_moe": 4}[model_type] * tokens for tokens, pairs, _ in got["blocks"])
     if rows == "all-null":
@@ -86,7 +88,11 @@ def test_without_the_plug_in_the_engine_says_what_is_in_its_way(engine, saved):
 
 @pytest.mark.parametrize(
     ("change", "settings", "cause"),
-    [("no rows", {}, "no null_weight"), ("", {"speed": 3}, "no setting speed"), ("", {"nulls": "absent"}, "ignore the expert map")],
+    [
+        ("no rows", {}, "no null_weight"),
+        ("", {"speed": 3}, "no setting speed"),
+        ("", {"nulls": "absent"}, "ignore the expert map"),
+    ],
 )
 def test_refusals_name_the_cause(engine, saved, tmp_path, change, settings, cause):
     folder = saved("mixtral", "copied", 8)

@@ -43,7 +43,9 @@ def toy(
 @app.command(epilog="Example: adamoe convert --model toy --null-experts 8 --out toy-null")
 def convert(
     model: Model,
-    null_experts: Annotated[int, typer.Option(help="Null experts m; a multiple of the true ones keeps the function.")] = 8,
+    null_experts: Annotated[
+        int, typer.Option(help="Null experts m; a multiple of the true ones keeps the function.")
+    ] = 8,
     top_k: Annotated[str, typer.Option(help="Selected per token, or 'preserve'.")] = "preserve",
     null_init: Annotated[str, typer.Option(help="copy, copy_noise, zeros or bias.")] = "copy",
     null_type: Annotated[str, typer.Option(help="zero or identity.")] = "zero",
@@ -76,7 +78,9 @@ def train(
     model: Model,
     data: Data = "synthetic",
     method: Annotated[str, typer.Option(help="adamoe, topk, top1 or top_p.")] = "adamoe",
-    aux: Annotated[str, typer.Option(help="Coefficient of the balancing loss before and after the half.")] = "0.02:1e-4",
+    aux: Annotated[
+        str, typer.Option(help="Coefficient of the balancing loss before and after the half.")
+    ] = "0.02:1e-4",
     null_experts: Annotated[int, typer.Option(help="Null experts, where the model has none yet.")] = 8,
     target_load: Annotated[float | None, typer.Option(help="Steer to this many true experts per token.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
@@ -101,7 +105,14 @@ def train(
     config = AdaMoEConfig(num_null_experts=null_experts, aux_coef=_pair(aux), target_load=target_load)
     tokens, pad = _tokens(model, data, rows, seed)
     _, losses = fine_tune(
-        model, [{"input_ids": ids} for ids in tokens], recipe, config, output=output, resume=resume, pad=pad, device=device
+        model,
+        [{"input_ids": ids} for ids in tokens],
+        recipe,
+        config,
+        output=output,
+        resume=resume,
+        pad=pad,
+        device=device,
     )
     emit({"model": str(output / "model"), "first loss": losses[0], "last loss": losses[-1]}, json)
 
@@ -195,7 +206,9 @@ def calibrate(
     target_load: Annotated[float, typer.Option(help="True experts per token wanted.")],
     data: Data = "synthetic",
     rows: Rows = 64,
-    per_layer: Annotated[bool, typer.Option("--per-layer", help="Every layer gets the load, by a bias of its own.")] = False,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Every layer gets the load, by a bias of its own.")
+    ] = False,
     out: Out = Path("calibrated"),
     seed: Seed = 0,
     json: Json = False,
@@ -218,7 +231,9 @@ def calibrate(
 @app.command(epilog="Example: adamoe export --model toy-null --layout stock --out toy-stock")
 def export(
     model: Model,
-    layout: Annotated[str, typer.Option(help="official (gate2), stock (no nulls), registered or in_place.")] = "official",
+    layout: Annotated[
+        str, typer.Option(help="official (gate2), stock (no nulls), registered or in_place.")
+    ] = "official",
     out: Out = Path("exported"),
     json: Json = False,
 ) -> None:

@@ -200,9 +200,8 @@ class NullBalance:
         mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         mask = mask if mask is not None and mask.dim() == 2 and mask.numel() == routings[0].index.shape[0] else None
         trained = model.training and labels is not None
-        if trained:
-            if self.counting:
-                self._count(routers, routings, mask)
+        if trained and self.counting:
+            self._count(routers, routings, mask)
         if trained or self.wants_logits:
             aux = load_balancing_loss(
                 [r.logits for r in routings], routers[0].num_experts, top_k=routings[0].selected.shape[-1],

@@ -39,9 +39,14 @@ def run(output: Path, seed: int = 0, *, steps: int = 240) -> Table:
     page = output / "load.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     words = [[symbols()[t] for t in row] for row in tokens.tolist()]
-    page.write_text(to_html(words, record.per_token.float().mean(0).tolist(), "True experts per token"), encoding="utf-8")
+    page.write_text(
+        to_html(words, record.per_token.float().mean(0).tolist(), "True experts per token"), encoding="utf-8"
+    )
     picture = to_figure(
-        words, record.per_token, output / "load", titles=[f"layer {i + 1}: mean {v:.2f}" for i, v in enumerate(record.by_layer())]
+        words,
+        record.per_token,
+        output / "load",
+        titles=[f"layer {i + 1}: mean {v:.2f}" for i, v in enumerate(record.by_layer())],
     )
     calibration = changed.batch(64, 64, torch.Generator().manual_seed(seed + 1))[0]
     for target in TARGETS:
@@ -93,7 +98,9 @@ def _curve(scores: dict[str, dict[str, float]], config: Any, output: Path) -> Pa
             axes[0].scatter(
                 saved, s["ce"], s=70 if trained else 30, color=figures.OURS if ours else figures.PEERS[0], zorder=3
             )
-            axes[0].annotate(f"load {s['load']:.2f}", (saved, s["ce"]), textcoords="offset points", xytext=(5, 5), fontsize=8)
+            axes[0].annotate(
+                f"load {s['load']:.2f}", (saved, s["ce"]), textcoords="offset points", xytext=(5, 5), fontsize=8
+            )
         axes[0].set(xlabel="multiply-adds saved, %", ylabel="cross-entropy", title="cost and loss (large: as trained)")
         names = list(scores)[:2]
         for i, (name, tint) in enumerate(zip(names, (figures.PEERS[0], figures.OURS), strict=True)):

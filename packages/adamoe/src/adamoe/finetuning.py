@@ -106,7 +106,9 @@ def with_lora(model: Any) -> Any:
     base = base_of(model)
     experts = sorted({n.rpartition(".")[2] for n, p in base.named_parameters() if ".experts." in n and p.dim() == 3})
     linear = {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and "attn" in n}
-    blocks = sorted({".".join(n.split(".")[-3:-1]) for n, p in base.named_parameters() if ".experts." in n and p.dim() == 3})
+    blocks = sorted(
+        {".".join(n.split(".")[-3:-1]) for n, p in base.named_parameters() if ".experts." in n and p.dim() == 3}
+    )
     router = next(n.rpartition(".")[2] for n, m in base.named_modules() if hasattr(m, "adamoe_watchers"))
     config = LoraConfig(
         r=8, lora_alpha=16, lora_dropout=0.0, task_type="CAUSAL_LM", target_modules=sorted(linear), modules_to_save=[router],
@@ -148,7 +150,11 @@ def fine_tune(
         disable_tqdm=False, remove_unused_columns=False,
     )  # fmt: skip
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=list(rows), callbacks=callbacks, data_collator=lambda b: collate(b, pad)
+        model=model,
+        args=arguments,
+        train_dataset=list(rows),
+        callbacks=callbacks,
+        data_collator=lambda b: collate(b, pad),
     )
     trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():

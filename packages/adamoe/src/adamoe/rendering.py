@@ -26,7 +26,9 @@ def to_html(tokens: Sequence[Sequence[str]], loads: Sequence[Sequence[float]], t
         )
         lines.append(f"<p>{' '.join(spans)}</p>")
     legend = " ".join(f'<span style="background:{c}">{i}</span>' for i, c in enumerate(COLOURS))
-    style = "body{font:15px/1.9 monospace;max-width:1000px;margin:2rem auto}span{padding:.15rem .3rem;border-radius:3px}"
+    style = (
+        "body{font:15px/1.9 monospace;max-width:1000px;margin:2rem auto}span{padding:.15rem .3rem;border-radius:3px}"
+    )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
         f"<h1>{html.escape(title)}</h1><p>true experts: {legend} (3 or more)</p>{''.join(lines)}</html>\n"
@@ -46,7 +48,9 @@ def to_figure(
                 for start in range(0, len(row), per_line):
                     for x, i in enumerate(range(start, min(start + per_line, len(row)))):
                         axis.add_patch(plt.Rectangle((x, y), 0.94, 0.86, color=colour(float(values[i])), linewidth=0))
-                        axis.text(x + 0.47, y + 0.46, row[i], ha="center", va="center", fontsize=8.5, family="monospace")
+                        axis.text(
+                            x + 0.47, y + 0.46, row[i], ha="center", va="center", fontsize=8.5, family="monospace"
+                        )
                     y += 1
             axis.set(xlim=(0, per_line), ylim=(y, 0), title=title)
             axis.set_axis_off()

@@ -32,7 +32,9 @@ class Settings:
         values = values or {}
         names = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - names):
-            raise PluginError(f"adamoe has no setting {', '.join(unknown)}", hint=f"there are {', '.join(sorted(names))}")
+            raise PluginError(
+                f"adamoe has no setting {', '.join(unknown)}", hint=f"there are {', '.join(sorted(names))}"
+            )
         settings = cls(**values)
         if settings.nulls not in MODES:
             raise PluginError(f"adamoe nulls is '{settings.nulls}'", hint=f"take one of {', '.join(MODES)}")
@@ -64,7 +66,9 @@ def check_config(config: Any, *, cuda: bool) -> AdaMoEConfig:
     parallel, model = config.parallel_config, config.model_config
     values = getattr(model.hf_text_config, "adamoe", None) or getattr(model.hf_config, "adamoe", None)
     if not values:
-        raise PluginError("the checkpoint has no null experts", hint="convert it, or leave out the architecture override")
+        raise PluginError(
+            "the checkpoint has no null experts", hint="convert it, or leave out the architecture override"
+        )
     settings = AdaMoEConfig.from_dict(dict(values))
     if settings.null_type != "zero":
         raise PluginError(f"null_type is '{settings.null_type}'", hint="only zero nulls are served")

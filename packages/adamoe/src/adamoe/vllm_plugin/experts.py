@@ -25,7 +25,12 @@ class CompactExperts(RoutedExperts):
     rows = 0
 
     def forward_modular(
-        self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared_experts: Any = None, shared_experts_input: Any = None
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Any = None,
     ) -> Tensor:
         """x: (T, d). topk_weights, topk_ids: (T, K), n for no expert."""
         if shared_experts is not None:

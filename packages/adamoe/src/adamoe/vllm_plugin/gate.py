@@ -24,7 +24,9 @@ class NullGate(GateLinear):
         if missing := {"weight", "null_weight"} - found.keys():
             raise PluginError(f"the gate has no {', '.join(sorted(missing))}", hint="serve a converted checkpoint")
         if foreign := found.keys() - {"weight", "null_weight", "null_bias"}:
-            raise PluginError(f"the gate's {', '.join(sorted(foreign))} cannot be served", hint="use an unquantised gate")
+            raise PluginError(
+                f"the gate's {', '.join(sorted(foreign))} cannot be served", hint="use an unquantised gate"
+            )
         shapes = found["weight"].shape[0], found["null_weight"].shape[0]
         if shapes != (self.true, self.nulls):
             raise PluginError(f"the gate has {shapes} true and null rows, expected {(self.true, self.nulls)}")

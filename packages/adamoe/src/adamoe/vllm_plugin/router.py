@@ -18,7 +18,9 @@ class NullRouter(BaseRouter):
     gate: the NullGate whose bias is used. count: keep `tokens` and `pairs` on the device.
     """
 
-    def __init__(self, gate: Any, num_experts: int, top_k: int, *, normalization: Normalization, mode: str, count: bool):
+    def __init__(
+        self, gate: Any, num_experts: int, top_k: int, *, normalization: Normalization, mode: str, count: bool
+    ):
         super().__init__(top_k=top_k, global_num_experts=num_experts)
         self.gate, self.normalization, self.mode, self.count = gate, normalization, mode, count
         self.tokens: int = 0
@@ -34,7 +36,11 @@ class NullRouter(BaseRouter):
         input_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         routing = route(
-            router_logits, self.global_num_experts, self.top_k, normalization=self.normalization, null_bias=self.gate.null_bias
+            router_logits,
+            self.global_num_experts,
+            self.top_k,
+            normalization=self.normalization,
+            null_bias=self.gate.null_bias,
         )
         weights, index = routing.weights.float(), routing.index
         if self.count:
