@@ -90,7 +90,7 @@ def test_eval_on_both_kinds_of_data(toy, nulls, tmp_path):
 
 def test_load_report(nulls, tmp_path):
     rows = result("load-report", "--model", nulls, "--text", "+ 3 a 7 A B C D")
-    assert [row["token"] for row in rows] == "+ 3 a 7 A B C D".split() and set(rows[0]) >= {
+    assert [row["token"] for row in rows] == ["+", "3", "a", "7", "A", "B", "C", "D"] and set(rows[0]) >= {
         "layer 0",
         "layer 1",
         "mean",

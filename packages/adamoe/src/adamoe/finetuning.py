@@ -1,6 +1,7 @@
 """Fine-tuning with transformers' Trainer: the schedule, the controller, LoRA, checkpoints and an exact resume."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,9 @@ def prepare(model: Any, recipe: Recipe, config: AdaMoEConfig) -> Any:
         if is_converted(model):
             revert(model)
         values = {**config.to_dict(), "num_null_experts": 0, "target_load": None}
-        convert(model, AdaMoEConfig.from_dict({**values, "top_k": 1 if recipe.method == "top1" else "preserve"}))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="top_k 1 .* changes the function")  # it is what was asked for
+            convert(model, AdaMoEConfig.from_dict({**values, "top_k": 1 if recipe.method == "top1" else "preserve"}))
         if recipe.method == "top_p":
             from adamoe.routers import top_p, use
 

@@ -81,7 +81,7 @@ class LoadRecord:
             {"layer": layer.flatten(), "row": row.flatten(), "position": position.flatten(), "load": loads.flatten()}
         )
         if self.tokens is not None:
-            table.insert(3, "token", self.tokens.cpu()[table["row"].to_numpy(), table["position"].to_numpy()])
+            table.insert(3, "token", self.tokens[row.flatten(), position.flatten()])
         return table
 
 

@@ -12,8 +12,8 @@ from adamoe.errors import ConfigError
 def set_progress(model: Any, progress: float) -> None:
     """Tell a converted model how much of training is done, in [0, 1]; other models are left alone."""
     for module in model.modules():
-        if (balance := getattr(module, "adamoe", None)) is not None:
-            balance.progress = progress
+        if "adamoe" in vars(module):
+            module.adamoe.progress = progress
 
 
 class LoadController:
