@@ -49,7 +49,7 @@ class AbsentRankExperts(RoutedExperts):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.true_experts = self.global_num_experts
+        self.true_experts: int = self.moe_config.num_experts
         self.global_num_experts = self.true_experts + 1
 
     @property
