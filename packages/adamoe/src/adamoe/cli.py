@@ -287,7 +287,12 @@ def bench(
     if what not in ("layer", "train"):
         raise UserError(f"there is no benchmark '{what}'", hint="take layer or train")
     if what == "train":
-        emit(training_table(repeats=repeats), json)
+        import torch
+
+        from adamoe.testbed import Language, make_model
+
+        batch, _ = Language.make(0).batch(24, 64, torch.Generator().manual_seed(0))
+        emit(training_table(lambda: make_model(0), batch, repeats=repeats), json)
     else:
         emit(layer_table(hidden=hidden, inner=inner, tokens=tokens, repeats=repeats, dtype=dtype, device=device), json)
 

@@ -131,19 +131,18 @@ def layer_table(
     )
 
 
-def training_table(*, repeats: int = 5) -> Table:
-    """Milliseconds of a training step of the testbed's Mixtral: stock, converted, and converted at half the load."""
+def training_table(make: Callable[[], Any], tokens: Tensor, *, repeats: int = 5) -> Table:
+    """Milliseconds of a training step: stock, converted, and converted with a lower load.
+
+    make: gives a fresh stock model. tokens: (B, S).
+    """
     from adamoe.calibration import set_load
     from adamoe.config import AdaMoEConfig
     from adamoe.conversion import convert
     from adamoe.records import record_load
-    from adamoe.testbed import Language, make_model
 
-    tokens, _ = Language.make(0).batch(24, 64, torch.Generator().manual_seed(0))
-    models = {"stock top-2": make_model(0), "AdaMoE": convert(make_model(0), AdaMoEConfig(null_init="copy_noise"))}
-    models["AdaMoE, null bias 0.05"] = set_load(
-        convert(make_model(0), AdaMoEConfig(null_init="copy_noise")), null_bias=0.05
-    )
+    models = {"stock top-2": make(), "AdaMoE": convert(make(), AdaMoEConfig(null_init="copy_noise"))}
+    models["AdaMoE, null bias 0.05"] = set_load(convert(make(), AdaMoEConfig(null_init="copy_noise")), null_bias=0.05)
     loads = {}
     for name, model in models.items():
         model.train()
@@ -158,4 +157,8 @@ def training_table(*, repeats: int = 5) -> Table:
 
     seconds = second_best({name: step(model) for name, model in models.items()}, repeats)
     rows = [[name, round(loads[name], 3), 1000 * value] for name, value in seconds.items()]
-    return Table("milliseconds of a training step, forward and backward, 24 x 64 tokens", ["model", "load", "ms"], rows)
+    return Table(
+        f"milliseconds of a training step, forward and backward, {tokens.shape[0]} x {tokens.shape[1]} tokens",
+        ["model", "load", "ms"],
+        rows,
+    )
