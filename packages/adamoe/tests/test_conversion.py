@@ -90,6 +90,12 @@ def test_nulls_that_never_win_leave_the_stock_router(mixtral, tokens):
     assert (mixtral(tokens).logits - before).abs().max() < 1e-6
 
 
+def test_the_chosen_k_is_named(mixtral, caplog):
+    with caplog.at_level("INFO", logger="adamoe"):
+        convert(mixtral, AdaMoEConfig(num_null_experts=16))
+    assert "2 layers have 16 null experts; K is 4" in caplog.text and mixtral.config.adamoe["top_k"] == 4
+
+
 @pytest.mark.parametrize("init", ["copy_noise", "zeros", "bias"])
 def test_other_initialisations(init, mixtral, tokens):
     convert(mixtral, AdaMoEConfig(null_init=init))

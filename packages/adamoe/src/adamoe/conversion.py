@@ -8,6 +8,7 @@ opens the checkpoint, as the stock model.
 
 import copy
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from adamoe.families import FAMILIES, Family, family_of
 from adamoe.loss import aux_coefficient, load_balancing_loss
 from adamoe.routing import Routing, route
 
+logger = logging.getLogger("adamoe")
 PARAMETERS = ("null_weight", "null_gate_bias", "null_correction", "null_bias")
 
 
@@ -311,6 +313,7 @@ def convert(model: Any, config: AdaMoEConfig | None = None, *, top_k: int | None
     attach(base, config, family, routers=routers, top_k=K)
     for router in routers:
         router.adamoe_initialise()
+    logger.info("%d layers have %d null experts; K is %d", len(routers), config.num_null_experts, K)
     return model
 
 

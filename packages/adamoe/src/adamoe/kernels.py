@@ -126,7 +126,7 @@ def _combine(rows: Tensor, weight: Tensor, token: Tensor, place: Tensor, T: int,
         # Every place occurs once, so this index_copy has one writer per row.
         return slots.index_copy(0, place, weighted).view(T, K, d).sum(1).to(like.dtype)
     total = torch.zeros(T, d, device=rows.device, dtype=weighted.dtype)
-    return total.index_add(0, token, weighted).to(like.dtype)
+    return total.index_add_(0, token, weighted).to(like.dtype)
 
 
 KERNELS = {"adamoe_loop": adamoe_loop, "adamoe_grouped": adamoe_grouped, "adamoe_static": adamoe_static}
