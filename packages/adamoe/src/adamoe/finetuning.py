@@ -1,6 +1,8 @@
 """Fine-tuning with transformers' Trainer: the schedule, the controller, LoRA, checkpoints and an exact resume."""
 
+import contextlib
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -159,7 +161,8 @@ def fine_tune(
         callbacks=callbacks,
         data_collator=lambda b: collate(b, pad),
     )
-    trainer.train(resume_from_checkpoint=last)
+    with contextlib.redirect_stdout(sys.stderr):  # Trainer prints its log where our results go
+        trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
         with hub.replace_atomically(output / "model") as partial:
             model.save_pretrained(partial)
