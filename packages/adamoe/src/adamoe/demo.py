@@ -99,7 +99,11 @@ def _curve(scores: dict[str, dict[str, float]], config: Any, output: Path) -> Pa
                 saved, s["ce"], s=70 if trained else 30, color=figures.OURS if ours else figures.PEERS[0], zorder=3
             )
             axes[0].annotate(
-                f"load {s['load']:.2f}", (saved, s["ce"]), textcoords="offset points", xytext=(5, 5), fontsize=8
+                f"load {s['load']:.2f}",
+                (saved, s["ce"]),
+                textcoords="offset points",
+                xytext=(6, -11 if trained else 5),
+                fontsize=8,
             )
         axes[0].set(xlabel="multiply-adds saved, %", ylabel="cross-entropy", title="cost and loss (large: as trained)")
         names = list(scores)[:2]
@@ -108,5 +112,5 @@ def _curve(scores: dict[str, dict[str, float]], config: Any, output: Path) -> Pa
             axes[1].bar([x + 0.4 * i for x in range(len(KINDS))], values, 0.36, color=tint, label=name)
         axes[1].set_xticks([x + 0.2 for x in range(len(KINDS))], KINDS)
         axes[1].set(ylabel="true experts per token", title="what is to be predicted")
-        axes[1].legend(loc="lower right")
+        axes[1].legend(loc="lower center", bbox_to_anchor=(0.5, -0.32), ncols=2)
         return figures.save(figure, output / "cost")
