@@ -122,7 +122,7 @@ def test_mod_leaves_a_share_of_the_tokens_out():
 
 
 def test_bias_balance_evens_the_selection():
-    model = converted()
+    model = converted(noise=0.3)
     balancer = routers.BiasBalancer(model, rate=0.05)
     tokens = torch.randint(3, 40, (16, 24), generator=torch.Generator().manual_seed(0))
     uneven = []
