@@ -40,7 +40,7 @@ from tenfold_shared.hub import replace_atomically
 PAPER = "2406.13233"
 RESULTS = Path(__file__).parent / "results"
 KEPT = RESULTS / ".partial" / "adamoe"
-PRETRAIN, STEPS = 400, 150
+PRETRAIN, STEPS = 600, 200
 Scores = dict[str, float]
 
 torch.set_num_threads(1)
