@@ -1,0 +1,5 @@
+"""`python -m adamoe`, for launchers."""
+
+from adamoe.cli import app
+
+app()

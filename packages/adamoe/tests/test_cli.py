@@ -1,0 +1,158 @@
+"""Every sub-command as a user types it, on the model that `adamoe toy` writes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from adamoe.cli import app
+from typer.testing import CliRunner
+
+
+def adamoe(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def result(*arguments):
+    done = adamoe(*arguments, "--json")
+    assert done.exit_code == 0, done.stderr or done.output
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "toy"
+    assert adamoe("toy", "-o", folder, "--steps", 0).exit_code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nulls(toy, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "toy-null"
+    assert result("convert", "--model", toy, "--null-init", "copy_noise", "--out", folder)["top_k"] == 3
+    return folder
+
+
+def test_help_and_version():
+    names = [
+        "demo",
+        "toy",
+        "convert",
+        "train",
+        "eval",
+        "load-report",
+        "calibrate",
+        "export",
+        "flops",
+        "bench",
+        "serve-args",
+    ]
+    text = adamoe("--help").stdout
+    for name in names:
+        assert name in text
+        assert "Example: adamoe " + name in adamoe(name, "--help").stdout.replace("\n", " ")
+    assert adamoe("--version").stdout.startswith("adamoe 0.1")
+    code = "import sys, adamoe.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_convert_warns_about_a_k_that_changes_the_function(toy, tmp_path):
+    done = adamoe("convert", "--model", toy, "--top-k", 2, "--out", tmp_path / "x")
+    assert done.exit_code == 0 and "top_k 2 with 8 null experts changes the function" in done.stderr
+    assert (tmp_path / "x/tokenizer.json").exists()
+
+
+def test_train_and_resume(toy, tmp_path):
+    options = ["train", "--model", toy, "--steps", 4, "--batch-size", 2, "--save-steps", 2, "--rows", 8, "--lr", 1e-3, "--device", "cpu", "-o", tmp_path]  # fmt: skip
+    first = result(*options, "--target-load", 1.5)
+    assert Path(first["model"]).is_dir() and first["last loss"] > 0
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert config["adamoe"]["target_load"] == 1.5
+    assert adamoe(*options, "--resume").exit_code == 0
+
+
+def test_train_on_a_file_with_lora(toy, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "+ 3 a 7 A B C D"}\n{"text": "* 1 2 3"}\n')
+    found = result(
+        "train", "--model", toy, "--data", tmp_path / "data.jsonl", "--steps", 2, "--batch-size", 2, "--lora", "--device", "cpu", "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert (Path(found["model"]) / "adapter_model.safetensors").exists()
+
+
+def test_eval_on_both_kinds_of_data(toy, nulls, tmp_path):
+    stock = result("eval", "--model", toy, "--rows", 4)
+    assert stock["load"] == 2 and set(stock) >= {"loss", "accuracy hard", "load easy", "multiply-adds per token"}
+    assert 0 < result("eval", "--model", nulls, "--rows", 4)["load"] <= 3
+    (tmp_path / "data.jsonl").write_text('{"text": "+ 3 a 7 A B C D"}\n{"text": "* 1 2 3"}\n')
+    assert result("eval", "--model", nulls, "--data", tmp_path / "data.jsonl")["loss"] > 0
+
+
+def test_load_report(nulls, tmp_path):
+    rows = result("load-report", "--model", nulls, "--text", "+ 3 a 7 A B C D")
+    assert [row["token"] for row in rows] == ["+", "3", "a", "7", "A", "B", "C", "D"] and set(rows[0]) >= {
+        "layer 0",
+        "layer 1",
+        "mean",
+    }
+    (tmp_path / "t.txt").write_text("+ 3 a 7\nA B C D\n")
+    for suffix, part in ((".html", "<span"), (".csv", "position")):
+        assert (
+            adamoe(
+                "load-report", "--model", nulls, "--file", tmp_path / "t.txt", "-o", tmp_path / f"r{suffix}"
+            ).exit_code
+            == 0
+        )
+        assert part in (tmp_path / f"r{suffix}").read_text()
+
+
+def test_calibrate_export_flops_and_serve_args(toy, nulls, tmp_path):
+    found = result("calibrate", "--model", nulls, "--target-load", 1.25, "--rows", 16, "--out", tmp_path / "c")
+    assert found["load"] == pytest.approx(1.25, abs=0.02)
+    assert result("eval", "--model", tmp_path / "c", "--rows", 16)["load"] == pytest.approx(1.25, abs=0.3)
+    assert result("export", "--model", nulls, "--layout", "stock", "--out", tmp_path / "s")["layout"] == "stock"
+    assert result("eval", "--model", tmp_path / "s", "--rows", 2)["load"] == 2
+    assert result("flops", "--model-config", toy, "--load", 1.5)["saved, %"] > 0
+    line = adamoe("serve-args", "--model", nulls).stdout
+    assert "--hf-overrides" in line and "AdaMoEMixtralForCausalLM" in line
+
+
+def test_bench():
+    rows = result("bench", "layer", "--hidden", 16, "--inner", 16, "--tokens", 32, "--repeats", 3)
+    assert len(rows) == 3 and set(rows[0]) >= {"load", "eager", "grouped_mm", "adamoe", "dense floor"}
+    assert next(row["model"] for row in result("bench", "train", "--repeats", 3)) == "stock top-2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["convert", "--model", "./nowhere"], "does not exist"),
+        (["convert", "--model", "TOY", "--null-experts", "-1"], "num_null_experts is -1"),
+        (["convert", "--model", "TOY", "--top-k", "40"], "top_k is 40 with 8 true and 8 null"),
+        (["convert", "--model", "TOY", "--top-k", "many"], "top-k is 'many'"),
+        (["convert", "--model", "NULLS"], "already has null experts"),
+        (["train", "--model", "TOY", "--method", "magic"], "method is 'magic'"),
+        (["train", "--model", "TOY", "--aux", "a:b"], "aux is 'a:b'"),
+        (["train", "--model", "TOY", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["train", "--model", "TOY", "--resume", "-o", "nothing"], "no checkpoint to resume"),
+        (["eval", "--model", "TOY", "--data", "EMPTY"], "is empty"),
+        (["load-report", "--model", "NULLS"], "one of --text and --file"),
+        (["load-report", "--model", "NULLS", "--text", "A", "--out", "x.pdf"], "neither .html nor .csv"),
+        (["load-report", "--model", "TOY", "--text", "A"], "has no null experts"),
+        (["calibrate", "--model", "NULLS", "--target-load", "9"], "the model can have 0 to 3"),
+        (["export", "--model", "NULLS", "--layout", "zip"], "layout is 'zip'"),
+        (["flops", "--model-config", "TOY", "--load", "-1"], "load is -1"),
+        (["bench", "wings"], "no benchmark 'wings'"),
+        (["bench", "layer", "--dtype", "int4"], "dtype is 'int4'"),
+        (["serve-args", "--model", "TOY"], "has no null experts"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, cause, toy, nulls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("")
+    names = {"TOY": str(toy), "NULLS": str(nulls), "EMPTY": "empty.jsonl"}
+    done = adamoe(*(names.get(a, a) for a in arguments))
+    assert done.exit_code == 2, done.output
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith("error:")]
+    assert cause in line and "Traceback" not in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} <= {"empty.jsonl", "nothing"}

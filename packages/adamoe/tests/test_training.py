@@ -1,0 +1,309 @@
+"""Trainer, accumulation, two processes, PEFT, the controller, and resuming after a kill."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from adamoe import AdaMoEConfig, AnnealCallback, LoadController, TargetLoadCallback, calibrate, record_load, set_load
+from adamoe.conversion import base_of, layer_routers
+from adamoe.errors import ConfigError
+from adamoe.finetuning import Recipe, collate, fine_tune, read_texts, with_lora
+from tenfold_shared.errors import UserError
+from tiny_mixtures import build, converted
+from transformers import Trainer, TrainingArguments
+
+TESTS = Path(__file__).parent
+
+
+def one_step(rows, *, batch, accumulation, tmp_path, coefficient=1.0):
+    """The router gradients of one optimizer step, as Trainer computes them, and its reported loss."""
+    model = converted(noise=0.2, aux_coef=(coefficient, coefficient)).train()
+    kept = {}
+
+    class Watched(Trainer):
+        def create_optimizer(self, *args, **kwargs):
+            optimizer = super().create_optimizer(*args, **kwargs)
+            step = optimizer.step
+
+            def keep(*args, **kwargs):
+                kept.update({n: p.grad.clone() for n, p in model.named_parameters() if "gate." in n})
+                return step(*args, **kwargs)
+
+            optimizer.step = keep
+            return optimizer
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+        report_to="none", use_cpu=True, logging_steps=1, save_strategy="no", max_grad_norm=0.0, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Watched(model=model, args=arguments, train_dataset=rows, data_collator=lambda b: collate(b, 0))
+    trainer.train()
+    return kept, trainer.state.log_history[0]["loss"]
+
+
+def test_accumulation_of_copies_equals_one_batch(tmp_path, tokens):
+    rows = [{"input_ids": tokens[0].tolist()}] * 8
+    whole, loss = one_step(rows, batch=8, accumulation=1, tmp_path=tmp_path)
+    parts, loss_of_parts = one_step(rows, batch=1, accumulation=8, tmp_path=tmp_path)
+    assert whole and all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
+    assert loss_of_parts == pytest.approx(loss, abs=2e-3)
+
+
+def test_accumulation_of_different_sequences_keeps_the_share_of_the_balance(tmp_path):
+    rows = [
+        {"input_ids": torch.randint(3, 40, (16 + i,), generator=torch.Generator().manual_seed(i)).tolist()}
+        for i in range(8)
+    ]
+    part = {}
+    for batch, accumulation in ((8, 1), (1, 8)):
+        with_it, without = (
+            one_step(rows, batch=batch, accumulation=accumulation, tmp_path=tmp_path, coefficient=c)[1]
+            for c in (1.0, 0.0)
+        )
+        part[batch] = with_it - without
+    assert part[1] == pytest.approx(part[8], rel=0.25) and part[8] > 1
+
+
+def gradients(rank, port, kernel):
+    """What rank `rank` of two gloo processes has after a backward pass; rank 1 sends no token to any expert."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    where = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=400)}
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", **where)
+    try:
+        tokens = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(5))
+        model = converted(noise=0.2, experts_implementation=kernel).train()
+        if rank:
+            set_load(model, null_bias=float("inf"))
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+        wrapped(tokens[rank : rank + 1], labels=tokens[rank : rank + 1]).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters()}
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kernel", ["adamoe_loop", "adamoe_grouped"])
+def test_two_processes_one_of_them_without_any_expert(kernel, tokens):
+    """They do not wait for each other for ever, and their mean gradient is that of one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = (
+        f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_training as t; t.gradients(1, {port}, {kernel!r})"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        both = gradients(0, port, kernel)
+        assert other.wait(timeout=60) == 0
+    finally:
+        other.kill()
+    alone = []
+    for rank in (0, 1):
+        model = converted(noise=0.2, experts_implementation=kernel).train()
+        if rank:
+            set_load(model, null_bias=float("inf"))
+        model(tokens[rank : rank + 1], labels=tokens[rank : rank + 1]).loss.backward()
+        alone.append({n: p.grad for n, p in model.named_parameters()})
+    for name, grad in both.items():
+        assert torch.allclose(grad, (alone[0][name] + alone[1][name]) / 2, atol=1e-6), name
+
+
+def test_peft_trains_experts_and_routers_and_is_saved(tmp_path, tokens):
+    from peft import PeftModel
+
+    model = with_lora(converted(noise=0.2)).train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    assert any("null_weight" in n for n in before) and any("experts" in n for n in before)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])}
+    assert any("null_weight" in n for n in changed) and any("experts" in n and "lora_B" in n for n in changed)
+    model.eval()
+    with torch.no_grad():
+        ours = model(input_ids=tokens).logits
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(converted(noise=0.2), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.allclose(again(input_ids=tokens).logits, ours, atol=1e-5)
+    with record_load(again) as record, torch.no_grad():
+        again(input_ids=tokens)
+    assert record.per_token.shape == (2, 24)
+
+
+def test_a_peft_model_can_be_converted(tokens):
+    from adamoe import convert
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    before = model(input_ids=tokens).logits
+    assert torch.allclose(convert(model)(input_ids=tokens).logits, before, atol=1e-5)
+    assert base_of(model) is model.get_base_model()
+
+
+def test_the_controller_reaches_its_target():
+    from adamoe import convert
+    from adamoe.testbed import Language, make_model, train
+
+    language = Language.make(0)
+    model = make_model(0, hidden_size=32, intermediate_size=32)
+    convert(model, AdaMoEConfig(target_load=1.2, null_init="copy_noise"))
+    controller = LoadController(model)
+    train(model, language, 60, seed=0, lr=1e-3, rows=8, length=32, after_step=lambda m, p: controller.step())
+    with record_load(model) as record, torch.no_grad():
+        model(language.batch(32, 32, torch.Generator().manual_seed(9))[0])
+    assert record.by_layer().tolist() == pytest.approx([1.2, 1.2], abs=0.15)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_calibration_to_any_load(per_layer, tokens):
+    model = converted(noise=0.5)
+    batch = torch.randint(3, 40, (16, 24), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(batch)
+    mask[:, 20:] = 0
+    for target in (0.5, 1.0, 1.7, 2.4):
+        load = calibrate(model, [{"input_ids": batch, "attention_mask": mask}], target_load=target, per_layer=per_layer)
+        assert load == pytest.approx(target, abs=0.02)
+        with record_load(model, token_ids=batch, attention_mask=mask) as record, torch.no_grad():
+            model(batch, attention_mask=mask)
+        assert record.mean == pytest.approx(load, abs=1e-6)
+        if per_layer:
+            assert record.by_layer().tolist() == pytest.approx([target] * 2, abs=0.03)
+
+
+def test_calibration_says_what_it_cannot_do(tokens, mixtral):
+    model = converted()
+    with pytest.warns(UserWarning, match="still copies"):
+        calibrate(model, [tokens], target_load=1.5)
+    with pytest.raises(ConfigError, match="the model can have 0 to 3"):
+        calibrate(model, [tokens], target_load=4)
+    with pytest.raises(ConfigError, match="nothing to calibrate on"):
+        calibrate(model, [], target_load=1)
+    with pytest.raises(ConfigError, match="3 numbers, the model 2"):
+        set_load(model, null_bias=[0, 0, 0])
+    with pytest.raises(ConfigError, match="not a number"):
+        set_load(model, null_bias=float("nan"))
+    with pytest.raises(ConfigError, match="no target"):
+        LoadController(model)
+    with pytest.raises(ConfigError, match="out of reach"):
+        LoadController(model, 5.0)
+
+
+def test_the_record(tokens):
+    model = converted(noise=0.4)
+    with record_load(model, token_ids=tokens) as record, torch.no_grad():
+        model(tokens)
+    loads = record.per_token
+    assert loads.shape == (2, 2, 12) and float(record.histogram().sum()) == pytest.approx(1)
+    assert record.by_layer().tolist() == pytest.approx(loads.float().mean((1, 2)).tolist())
+    token = int(tokens[0, 0])
+    here = (tokens == token).nonzero()
+    expected = torch.stack([loads[:, r, c].float().mean() for r, c in here]).mean()
+    assert record.by_token()[token] == (pytest.approx(float(expected)), len(here))
+    table = record.to_dataframe()
+    assert len(table) == 48 and table.loc[30, "token"] == tokens.flatten()[6] and table["load"].sum() == loads.sum()
+
+
+def rows(count=24):
+    g = torch.Generator().manual_seed(3)
+    return [{"input_ids": torch.randint(3, 40, (12,), generator=g).tolist()} for _ in range(count)]
+
+
+def test_trainer_anneals_and_steers(tmp_path):
+    build().save_pretrained(tmp_path / "base")
+    recipe = Recipe(steps=6, batch_size=2, lr=1e-3, save_steps=100)
+    config = AdaMoEConfig(target_load=1.0, null_init="copy_noise")
+    model, losses = fine_tune(tmp_path / "base", rows(), recipe, config, output=tmp_path / "out", device="cpu")
+    assert len(losses) == 6 and base_of(model).adamoe.coefficient == 1e-4
+    assert all(float(r.null_bias) > 0.01 for r in layer_routers(model))
+    assert (tmp_path / "out/model/config.json").exists()
+
+
+RUN = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from adamoe import AdaMoEConfig
+from adamoe.finetuning import Recipe, fine_tune
+from test_training import rows
+import adamoe.training, time
+real = adamoe.training.AnnealCallback.on_step_begin
+def slow(self, args, state, control, **kwargs):
+    real(self, args, state, control, **kwargs)
+    if state.global_step >= {stop}:
+        print("waiting", flush=True)
+        time.sleep(600)
+adamoe.training.AnnealCallback.on_step_begin = slow
+fine_tune({base!r}, rows(), Recipe(steps=6, batch_size=2, lr=1e-3, save_steps=2), AdaMoEConfig(target_load=1.0), output=Path({out!r}), device="cpu")
+"""
+
+
+def test_killed_and_resumed_it_ends_the_same(tmp_path):
+    base = tmp_path / "base"
+    build().save_pretrained(base)
+    recipe, config = Recipe(steps=6, batch_size=2, lr=1e-3, save_steps=2), AdaMoEConfig(target_load=1.0)
+    whole, _ = fine_tune(base, rows(), recipe, config, output=tmp_path / "whole", device="cpu")
+    script = tmp_path / "run.py"
+    script.write_text(RUN.format(tests=str(TESTS), base=str(base), out=str(tmp_path / "cut"), stop=5))
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "waiting" in line:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut/model").exists()
+    resumed, _ = fine_tune(base, rows(), recipe, config, output=tmp_path / "cut", resume=True, device="cpu")
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(UserError, match="no checkpoint to resume"):
+        fine_tune(base, rows(), recipe, config, output=tmp_path / "new", resume=True, device="cpu")
+
+
+@pytest.mark.parametrize("method", ["topk", "top1", "top_p"])
+def test_other_methods(method, tmp_path):
+    build().save_pretrained(tmp_path / "base")
+    recipe = Recipe(method=method, steps=2, batch_size=2)
+    model, losses = fine_tune(tmp_path / "base", rows(4), recipe, AdaMoEConfig(), output=tmp_path / "out", device="cpu")
+    with record_load(model) as record, torch.no_grad():
+        model(torch.tensor([rows(1)[0]["input_ids"]]))
+    assert len(losses) == 2 and record.mean == {"topk": 2.0, "top1": 1.0}.get(method, record.mean)
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("", "is empty"),
+        ("nonsense", "line 1 has no text"),
+        ('{"text": ""}', "empty text"),
+        ('{"text": 3}', "empty text"),
+        ("[1]", "no text"),
+    ],
+)
+def test_text_files(text, cause, tmp_path):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(UserError, match=cause):
+        read_texts(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("settings", [{"method": "magic"}, {"steps": 0}, {"lr": float("nan")}, {"accumulation": 0}])
+def test_recipes(settings):
+    with pytest.raises(ConfigError):
+        Recipe(**settings)
+
+
+def test_callbacks_are_transformers_own():
+    from transformers import TrainerCallback
+
+    assert issubclass(AnnealCallback, TrainerCallback) and issubclass(TargetLoadCallback, TrainerCallback)
