@@ -293,3 +293,132 @@ def train_target(
         schedule.step()
         progress(step + 1, steps)
     return model.eval()
+
+
+def gather(target: LlamaForCausalLM, count: int = 4000, *, seed: int = 0, block_size: int = BLOCK, batch: int = 100) -> Any:
+    """Trajectories of the target on `count` training questions."""
+    from cllm_jacobi.trajectory import collect_trajectories
+
+    asked = [prompt(question) for question, _ in questions(count, seed=2000 + seed)]
+    return collect_trajectories(
+        target, tokenizer(), asked, block_size=block_size, max_new_tokens=MAX_NEW_TOKENS, batch_size=batch, seed=seed
+    )
+
+
+def make_consistent(
+    target: LlamaForCausalLM,
+    trajectories: Any,
+    *,
+    seed: int = 0,
+    steps: int = 800,
+    learning_rate: float = 2e-3,
+    batch: int = 16,
+    output: str | Path | None = None,
+    lora_r: int = 0,
+    callbacks: Sequence[Any] = (),
+    **settings: Any,
+) -> LlamaForCausalLM:
+    """Consistency training of a copy of the target: AdamW, 3 % warm-up, cosine. settings: fields of `ConsistencyConfig`."""
+    import copy
+    import tempfile
+
+    from cllm_jacobi.trainer import ConsistencyConfig, ConsistencyTrainer
+
+    peft_config = None
+    if lora_r:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear")
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = {
+            "max_steps": steps,
+            "learning_rate": learning_rate,
+            "per_device_train_batch_size": batch,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": max(int(0.03 * steps), 1),
+            "weight_decay": 0.0,
+            "save_strategy": "no",
+            "logging_steps": max(steps // 8, 1),
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": seed,
+            "block_size": BLOCK,
+            **settings,
+        }
+        arguments = ConsistencyConfig(output_dir=str(output or scratch), **settings)
+        trainer = ConsistencyTrainer(
+            copy.deepcopy(target), arguments, train_dataset=trajectories, processing_class=tokenizer(), peft_config=peft_config
+        )
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train()
+    model = trainer.model.merge_and_unload() if lora_r else trainer.model
+    return model.eval()
+
+
+def answer(
+    model: LlamaForCausalLM, pairs: Sequence[tuple[str, str]], *, batch: int = 100, **settings: Any
+) -> tuple[list[str], torch.Tensor]:
+    """Greedy answers as text, and the tokens per forward of each; settings: fields of `JacobiConfig`."""
+    from cllm_jacobi.jacobi import jacobi_generate
+
+    words = tokenizer()
+    texts: list[str] = []
+    speeds: list[torch.Tensor] = []
+    for start in range(0, len(pairs), batch):
+        asked = words(
+            [prompt(q) for q, _ in pairs[start : start + batch]], return_tensors="pt", padding=True, return_token_type_ids=False
+        )
+        out = jacobi_generate(
+            model, **asked, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_dict_in_generate=True, **{"block_size": BLOCK, **settings}
+        )
+        texts += words.batch_decode(out.sequences[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+        speeds.append(out.tokens_per_forward)
+    return texts, torch.cat(speeds)
+
+
+def save(model: LlamaForCausalLM, folder: str | Path) -> Path:
+    """Write a model with the testbed's tokenizer, as `from_pretrained` and vLLM read it."""
+    folder = Path(folder)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load(kind: str) -> LlamaForCausalLM:
+    """The "target" or the "consistent" model of seed 0 that comes with the package, in float32.
+
+    Raises UserError when its file is not there.
+    """
+    from safetensors.torch import load_file
+
+    file = ASSETS / f"{kind}.safetensors"
+    if not file.exists():
+        raise UserError(f"the testbed has no model '{kind}'", hint="python -m cllm_jacobi.testbed trains target and consistent")
+    model = untrained()
+    state = {name: tensor.float() for name, tensor in load_file(file).items()}
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    return model
+
+
+def store(model: LlamaForCausalLM, kind: str, folder: Path = ASSETS) -> None:
+    """Write weights as `load` reads them: float16, the tied head left out."""
+    from safetensors.torch import save_file
+    from tenfold_shared.hub import replace_atomically
+
+    state = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    with replace_atomically(folder / f"{kind}.safetensors") as partial:
+        save_file(state, partial)
+
+
+def rebuild(folder: Path = ASSETS, *, steps: int = 2000, prompts: int = 4000, consistency_steps: int = 800) -> None:
+    """Train the target and the consistency model of seed 0 from nothing and store both."""
+    target = train_target(steps=steps)
+    store(target, "target", folder)
+    store(make_consistent(target, gather(target, prompts), steps=consistency_steps), "consistent", folder)
+
+
+if __name__ == "__main__":
+    rebuild(Path(sys.argv[1]) if len(sys.argv) > 1 else ASSETS)
