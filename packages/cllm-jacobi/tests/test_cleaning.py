@@ -13,7 +13,9 @@ class Text:
         return "".join("\n" if i == 10 else chr(96 + i % 26) for i in ids)
 
 
-def row(answer: list[int], *, prompt: int = 5, truncated: bool = False, states: list[list[int]] | None = None) -> dict[str, Any]:
+def row(
+    answer: list[int], *, prompt: int = 5, truncated: bool = False, states: list[list[int]] | None = None
+) -> dict[str, Any]:
     return {
         "prompt_ids": [prompt], "answer_ids": answer, "trajectories": [[*(states or []), answer]] if answer else [], "labels": [],
         "n": max(len(answer), 1), "model": "", "seed": 0, "source_row": 0, "truncated": truncated, "disagreements": 0,
@@ -49,7 +51,9 @@ def test_every_rule_and_its_example():
 
 
 def test_rules_leave_borderline_rows():
-    data = Dataset.from_list([row([8, *[7] * 9, 1]), row([3, 4] * 5, prompt=8), row([3, 4], truncated=True)], features=FEATURES)
+    data = Dataset.from_list(
+        [row([8, *[7] * 9, 1]), row([3, 4] * 5, prompt=8), row([3, 4], truncated=True)], features=FEATURES
+    )
     clean, _ = clean_trajectories(data, keep_truncated=True)
     assert len(clean) == 3
 

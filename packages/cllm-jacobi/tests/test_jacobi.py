@@ -345,9 +345,9 @@ def test_inputs_are_refused(tiny, batch):
     ids = batch["input_ids"]
     with pytest.raises(UserError, match="padding_side='left'"):
         jacobi_generate(model, ids.flip(1), attention_mask=batch["attention_mask"].flip(1), max_new_tokens=2)
+    unpadded = copy.deepcopy(model)
+    unpadded.generation_config.pad_token_id = None
     with pytest.raises(UserError, match="a batch needs a pad token"):
-        unpadded = copy.deepcopy(model)
-        unpadded.generation_config.pad_token_id = None
         jacobi_generate(unpadded, ids, max_new_tokens=2)
     with pytest.raises(UserError, match="the prompt is empty and the model has no BOS"):
         jacobi_generate(model, ids[:1, :0], max_new_tokens=2)
@@ -360,8 +360,8 @@ def test_inputs_are_refused(tiny, batch):
         jacobi_generate(model, torch.full((1, 3), 99), max_new_tokens=2)
     with pytest.raises(UserError, match="expected \\(batch, tokens\\)"):
         jacobi_generate(model, torch.tensor([3]), max_new_tokens=2)
+    past = model(ids[:1]).past_key_values
     with pytest.raises(UserError, match="already holds tokens"):
-        past = model(ids[:1]).past_key_values
         jacobi_generate(model, ids[:1], past_key_values=past, max_new_tokens=2)
 
 

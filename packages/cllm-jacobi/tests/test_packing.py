@@ -25,7 +25,8 @@ def rows(count: int = 4, seed: int = 0) -> list[dict[str, Any]]:
         for start in range(0, len(answer), N):
             target = answer[start : start + N]
             states = [
-                target[:k] + [rng.randrange(2, 61) for _ in target[k:]] for k in range(0, len(target), 1 + rng.randrange(2))
+                target[:k] + [rng.randrange(2, 61) for _ in target[k:]]
+                for k in range(0, len(target), 1 + rng.randrange(2))
             ]
             blocks.append([*states, target])
         out.append({"prompt_ids": prompt, "answer_ids": answer, "trajectories": blocks, "labels": [], "n": N})
@@ -58,40 +59,46 @@ def test_packed_is_unpacked(tiny, loss, lora):
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(0)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).double()
+        model = get_peft_model(
+            model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        ).double()
     packed, unpacked = (DataCollatorForConsistency(loss=loss, packed=p)(rows()) for p in (True, False))
     assert len(packed["input_ids"]) == 4 < len(unpacked["input_ids"])
     a, grads_a = loss_and_gradients(model, packed, True)
     b, grads_b = loss_and_gradients(model, unpacked, False)
     assert (a.pairs, a.labels) == (b.pairs, b.labels) and a.pairs > 10
-    assert abs(a.consistency - b.consistency) < 1e-10 * a.pairs and abs(a.autoregressive - b.autoregressive) < 1e-10 * a.labels
+    assert (
+        abs(a.consistency - b.consistency) < 1e-10 * a.pairs
+        and abs(a.autoregressive - b.autoregressive) < 1e-10 * a.labels
+    )
     assert abs(a.total(10.0) - b.total(10.0)) < 1e-10
     assert grads_a.keys() == grads_b.keys()
     assert max(float((grads_a[k] - grads_b[k]).abs().max()) for k in grads_a) < 1e-7
     assert max(float(g.abs().max()) for g in grads_a.values()) > 1e-3
 
 
-def test_packed_is_the_definition(tiny):
+@pytest.mark.parametrize("loss", ["global", "local"])
+def test_packed_is_the_definition(tiny, loss):
     """The sum over blocks of the paper's losses, each written out with two passes and no mask at all."""
     model, data = model64(tiny), rows()
-    for loss, reference in (("global", global_consistency_loss), ("local", local_consistency_loss)):
-        collator = DataCollatorForConsistency(loss=loss)
-        terms = consistency_terms(forward(model, batch := collator(data), packed=True), batch)
-        total, count = 0.0, 0
-        for i, row in enumerate(data):
-            clean = row["prompt_ids"] + row["answer_ids"]
-            noisy = batch["input_ids"][i]
-            for segment in sorted(set(batch["segments"][i].tolist()) - {-1, 0}):
-                at = (batch["segments"][i] == segment).nonzero().flatten()
-                state, base = noisy[at].tolist(), int(batch["horizons"][i, at[0]])
-                states = row["trajectories"][(base - len(row["prompt_ids"])) // N]
-                j = states.index(state)
-                if loss == "local" and segment % 2 == 0 and j > 0 and state in states[1:-1]:
-                    continue  # a teacher's segment
-                terms_j = reference(model, torch.tensor(clean[:base]), states, j)
-                total, count = total + float(terms_j.detach().sum()), count + len(terms_j)
-        if loss == "global":
-            assert abs(total - float(terms.consistency)) < 1e-9 and count == terms.pairs
+    reference = {"global": global_consistency_loss, "local": local_consistency_loss}[loss]
+    batch = DataCollatorForConsistency(loss=loss)(data)
+    terms = consistency_terms(forward(model, batch, packed=True), batch)
+    width = batch["input_ids"].shape[1]
+    students = {tuple(divmod(s, width)) for s in batch["student"].tolist()}
+    total, count = 0.0, 0
+    for i, row in enumerate(data):
+        for segment in sorted(set(batch["segments"][i].tolist()) - {-1, 0}):
+            at = (batch["segments"][i] == segment).nonzero().flatten().tolist()
+            if not any((i, t) in students for t in at):
+                continue  # a teacher's state
+            base = int(batch["horizons"][i, at[0]])
+            states = row["trajectories"][(base - len(row["prompt_ids"])) // N]
+            prefix = torch.tensor((row["prompt_ids"] + row["answer_ids"])[:base])
+            found = reference(model, prefix, states, states.index(batch["input_ids"][i, at].tolist()))
+            total, count = total + float(found.detach().sum()), count + len(found)
+    assert count == terms.pairs > 8
+    assert abs(total - float(terms.consistency)) < 1e-9
 
 
 def test_pairs_start_at_the_first_wrong_token(tiny):
@@ -225,7 +232,9 @@ def test_unpacked_rows_serve_the_others(tiny):
         ids = batch["input_ids"][r][batch["segments"][r] == 0].tolist()
         base = len(ids) - (len(ids) - 3 - 1) % N - 1
         states = data[0]["trajectories"][(base - 3) // N]
-        total += float(global_consistency_loss(model, torch.tensor(clean[:base]), states, states.index(ids[base:])).sum())
+        total += float(
+            global_consistency_loss(model, torch.tensor(clean[:base]), states, states.index(ids[base:])).sum()
+        )
     assert abs(total - float(terms.consistency)) < 1e-9
 
 

@@ -1,6 +1,7 @@
 """Trajectories: the published algorithm, its invariants, its files."""
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -30,7 +31,9 @@ PROMPTS = ["5 9 12 33", "7 8", "40", "3 4 5 6 7 8 9"]
 
 
 def gather(model: Any, prompts: Any = PROMPTS, **settings: Any) -> Dataset:
-    return collect_trajectories(model, Words(), prompts, **{"block_size": N, "max_new_tokens": 20, "batch_size": 3, **settings})
+    return collect_trajectories(
+        model, Words(), prompts, **{"block_size": N, "max_new_tokens": 20, "batch_size": 3, **settings}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def test_every_state_follows_from_the_one_before(tiny, name):
             assert row["disagreements"] == 0
             fixed = list(row["prompt_ids"])
             for states in row["trajectories"]:
-                for state, after in zip(states, states[1:], strict=False):
+                for state, after in pairwise(states):
                     logits = model(torch.tensor([fixed + state])).logits[0]
                     assert logits[len(fixed) - 1 : -1].argmax(-1).tolist() == after
                 assert len(states) - 1 <= len(states[-1])

@@ -92,7 +92,14 @@ def clean_trajectories(
 
 
 def _broken(
-    row: dict[str, Any], text: str | None, max_run: int, most: float, ngram: int, least: int, lines: int, keep_truncated: bool
+    row: dict[str, Any],
+    text: str | None,
+    max_run: int,
+    most: float,
+    ngram: int,
+    least: int,
+    lines: int,
+    keep_truncated: bool,
 ) -> str | None:
     answer = row["answer_ids"]
     if not answer or (text is not None and not text.strip()):
@@ -140,7 +147,8 @@ def augment_trajectories(dataset: Dataset, *, seed: int = 0) -> Dataset:
     def augmented(row: dict[str, Any], i: int) -> dict[str, Any]:
         rng = random.Random(f"augment-{seed}-{i}")
         blocks = [
-            [augment_state(s, states[-1], rng) for s in states[:-2]] + [list(s) for s in states[-2:]] for states in row["trajectories"]
+            [augment_state(s, states[-1], rng) for s in states[:-2]] + [list(s) for s in states[-2:]]
+            for states in row["trajectories"]
         ]
         return {"trajectories": blocks}
 

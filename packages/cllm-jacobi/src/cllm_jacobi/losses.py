@@ -23,7 +23,9 @@ from cllm_jacobi.trajectory import first_wrong
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 
-def divergence(teacher: torch.Tensor, student: torch.Tensor, *, kind: str = "forward_kl", beta: float = 0.5) -> torch.Tensor:
+def divergence(
+    teacher: torch.Tensor, student: torch.Tensor, *, kind: str = "forward_kl", beta: float = 0.5
+) -> torch.Tensor:
     """(tokens,) distance of next-token distributions in nats, 0 when they agree.
 
     teacher, student: (tokens, vocabulary) logits; gradients flow into the student only. kind: "forward_kl" KL(t || s),
@@ -44,7 +46,9 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor, *, kind: str = "for
     return beta * (t.exp() * (t - m)).sum(-1) + (1 - beta) * (s.exp() * (s - m)).sum(-1)
 
 
-def _pair(model: Any, prefix: torch.Tensor, teacher: list[int], student: list[int], first: int, **kind: Any) -> torch.Tensor:
+def _pair(
+    model: Any, prefix: torch.Tensor, teacher: list[int], student: list[int], first: int, **kind: Any
+) -> torch.Tensor:
     def logits(state: list[int]) -> torch.Tensor:
         ids = torch.cat([prefix, torch.tensor(state, device=prefix.device)])[None]
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(prefix) :]
@@ -54,7 +58,9 @@ def _pair(model: Any, prefix: torch.Tensor, teacher: list[int], student: list[in
     return divergence(taught[first:-1], logits(student)[first:-1], **kind)
 
 
-def global_consistency_loss(model: Any, prefix: torch.Tensor, states: list[list[int]], j: int, **kind: Any) -> torch.Tensor:
+def global_consistency_loss(
+    model: Any, prefix: torch.Tensor, states: list[list[int]], j: int, **kind: Any
+) -> torch.Tensor:
     """(kept tokens,) terms of L_GC for one block in two passes: state j of `states` against the fixed point.
 
     prefix: (tokens,) prompt and earlier blocks. kind: as `divergence`. The trainer computes the same from a packed pass.
@@ -65,7 +71,9 @@ def global_consistency_loss(model: Any, prefix: torch.Tensor, states: list[list[
     return _pair(model, prefix, states[-1], states[j], first, **kind)
 
 
-def local_consistency_loss(model: Any, prefix: torch.Tensor, states: list[list[int]], j: int, **kind: Any) -> torch.Tensor:
+def local_consistency_loss(
+    model: Any, prefix: torch.Tensor, states: list[list[int]], j: int, **kind: Any
+) -> torch.Tensor:
     """(kept tokens,) terms of L_LC for one block in two passes: state j of `states` against state j + 1."""
     first = first_wrong(states[j], states[j + 1])
     if first is None:
@@ -96,7 +104,9 @@ def forward(model: Any, batch: dict[str, torch.Tensor], *, packed: bool) -> torc
     else:
         mask = (segments >= 0).long()
     # Without a cache; a model in training would build one.
-    return model(input_ids=batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"], use_cache=False).logits
+    return model(
+        input_ids=batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"], use_cache=False
+    ).logits
 
 
 def consistency_terms(

@@ -4,6 +4,7 @@ A block's trajectory is its list of states, each with the same number of ids; th
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def right_prefix(state: Sequence[int], target: Sequence[int]) -> int:
 def fast_forwarded(states: States) -> float:
     """Tokens confirmed beyond the guaranteed one, averaged over the iterations of a block (2403.00835, section 4.2)."""
     runs = [right_prefix(state, states[-1]) for state in states]
-    gains = [max(after - before - 1, 0) for before, after in zip(runs, runs[1:], strict=False)]
+    gains = [max(after - before - 1, 0) for before, after in pairwise(runs)]
     return sum(gains) / len(gains) if gains else 0.0
 
 

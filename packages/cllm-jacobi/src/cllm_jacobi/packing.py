@@ -48,7 +48,9 @@ def packed_mask(segments: torch.Tensor, horizons: torch.Tensor, dtype: torch.dty
     clean = (segments[:, None, :] == 0) & (segments[:, :, None] > 0) & (at[None, None, :] < horizons[:, :, None])
     # Padding sees padding, itself at least: softmax over nothing would be NaN.
     visible = (same & causal) | clean
-    return torch.zeros(visible.shape, dtype=dtype, device=segments.device).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(visible.shape, dtype=dtype, device=segments.device).masked_fill_(
+        ~visible, torch.finfo(dtype).min
+    )[:, None]
 
 
 @dataclass
@@ -84,7 +86,9 @@ class DataCollatorForConsistency:
         if self.states not in STATES:
             raise UserError(f"states is '{self.states}', expected {' or '.join(STATES)}")
         if self.loss == "local" and (self.augment or self.states == "random"):
-            raise UserError("the local loss follows a trajectory step by step", hint="leave augmentation and random states out")
+            raise UserError(
+                "the local loss follows a trajectory step by step", hint="leave augmentation and random states out"
+            )
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         built: list[_Sequence] = []

@@ -67,11 +67,61 @@ AGGREGATE = {
     "MIN": ("smallest", "lowest"),
     "SUM": ("total", "summed"),
 }
-FRAME = (
-    "how many are there show list the of all with where and or in is what give me per for each top ranked by first that "
-    "have more than groups number please tell find"
-).split()
-SQL = "SELECT FROM WHERE AND OR COUNT ( * ) GROUP BY HAVING ORDER DESC ASC LIMIT ,".split()
+FRAME = [
+    "how",
+    "many",
+    "are",
+    "there",
+    "show",
+    "list",
+    "the",
+    "of",
+    "all",
+    "with",
+    "where",
+    "and",
+    "or",
+    "in",
+    "is",
+    "what",
+    "give",
+    "me",
+    "per",
+    "for",
+    "each",
+    "top",
+    "ranked",
+    "by",
+    "first",
+    "that",
+    "have",
+    "more",
+    "than",
+    "groups",
+    "number",
+    "please",
+    "tell",
+    "find",
+]
+SQL = [
+    "SELECT",
+    "FROM",
+    "WHERE",
+    "AND",
+    "OR",
+    "COUNT",
+    "(",
+    "*",
+    ")",
+    "GROUP",
+    "BY",
+    "HAVING",
+    "ORDER",
+    "DESC",
+    "ASC",
+    "LIMIT",
+    ",",
+]
 VALUES = frozenset(v for t in TABLES.values() for values in t["text"].values() for v in values)
 
 
@@ -295,14 +345,29 @@ def train_target(
     return model.eval()
 
 
-def gather(target: LlamaForCausalLM, count: int = 4000, *, seed: int = 0, block_size: int = BLOCK, batch: int = 100) -> Any:
-    """Trajectories of the target on `count` training questions."""
+def collect(
+    model: LlamaForCausalLM, asked: Sequence[str], *, seed: int = 0, block_size: int = BLOCK, batch: int = 100
+) -> Any:
+    """Trajectories of a model on the given questions."""
     from cllm_jacobi.trajectory import collect_trajectories
 
-    asked = [prompt(question) for question, _ in questions(count, seed=2000 + seed)]
     return collect_trajectories(
-        target, tokenizer(), asked, block_size=block_size, max_new_tokens=MAX_NEW_TOKENS, batch_size=batch, seed=seed
+        model,
+        tokenizer(),
+        [prompt(q) for q in asked],
+        block_size=block_size,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=batch,
+        seed=seed,
     )
+
+
+def gather(
+    target: LlamaForCausalLM, count: int = 4000, *, seed: int = 0, block_size: int = BLOCK, batch: int = 100
+) -> Any:
+    """Trajectories of the target on `count` training questions."""
+    asked = [question for question, _ in questions(count, seed=2000 + seed)]
+    return collect(target, asked, seed=seed, block_size=block_size, batch=batch)
 
 
 def make_consistent(
@@ -348,7 +413,11 @@ def make_consistent(
         }
         arguments = ConsistencyConfig(output_dir=str(output or scratch), **settings)
         trainer = ConsistencyTrainer(
-            copy.deepcopy(target), arguments, train_dataset=trajectories, processing_class=tokenizer(), peft_config=peft_config
+            copy.deepcopy(target),
+            arguments,
+            train_dataset=trajectories,
+            processing_class=tokenizer(),
+            peft_config=peft_config,
         )
         for callback in callbacks:
             trainer.add_callback(callback)
@@ -368,10 +437,18 @@ def answer(
     speeds: list[torch.Tensor] = []
     for start in range(0, len(pairs), batch):
         asked = words(
-            [prompt(q) for q, _ in pairs[start : start + batch]], return_tensors="pt", padding=True, return_token_type_ids=False
+            [prompt(q) for q, _ in pairs[start : start + batch]],
+            return_tensors="pt",
+            padding=True,
+            return_token_type_ids=False,
         )
         out = jacobi_generate(
-            model, **asked, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_dict_in_generate=True, **{"block_size": BLOCK, **settings}
+            model,
+            **asked,
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            return_dict_in_generate=True,
+            **{"block_size": BLOCK, **settings},
         )
         texts += words.batch_decode(out.sequences[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
         speeds.append(out.tokens_per_forward)
@@ -386,19 +463,20 @@ def save(model: LlamaForCausalLM, folder: str | Path) -> Path:
     return folder
 
 
-def load(kind: str) -> LlamaForCausalLM:
-    """The "target" or the "consistent" model of seed 0 that comes with the package, in float32.
+def load(kind: str, folder: Path = ASSETS, *, layers: int = 3) -> LlamaForCausalLM:
+    """The "target" or the "consistent" model of seed 0 that comes with the package, or another stored one, in float32.
 
     Raises UserError when its file is not there.
     """
     from safetensors.torch import load_file
 
-    file = ASSETS / f"{kind}.safetensors"
+    file = folder / f"{kind}.safetensors"
     if not file.exists():
-        raise UserError(f"the testbed has no model '{kind}'", hint="python -m cllm_jacobi.testbed trains target and consistent")
-    model = untrained()
-    state = {name: tensor.float() for name, tensor in load_file(file).items()}
-    model.load_state_dict(state, strict=False)
+        raise UserError(
+            f"the testbed has no model '{kind}'", hint="python -m cllm_jacobi.testbed trains target and consistent"
+        )
+    model = untrained(layers=layers)
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()}, strict=False)
     model.tie_weights()
     return model
 
@@ -415,8 +493,8 @@ def store(model: LlamaForCausalLM, kind: str, folder: Path = ASSETS) -> None:
 
 def rebuild(folder: Path = ASSETS, *, steps: int = 2000, prompts: int = 4000, consistency_steps: int = 800) -> None:
     """Train the target and the consistency model of seed 0 from nothing and store both."""
-    target = train_target(steps=steps)
-    store(target, "target", folder)
+    store(train_target(steps=steps), "target", folder)
+    target = load("target", folder)
     store(make_consistent(target, gather(target, prompts), steps=consistency_steps), "consistent", folder)
 
 

@@ -55,8 +55,12 @@ class ConsistencyConfig(TrainingArguments):
     ar_weight: float = field(default=10.0, metadata={"help": "Weight w of the autoregressive loss."})
     label_smoothing: float = field(default=0.0, metadata={"help": "Of the autoregressive loss."})
     mask_prompt: bool = field(default=True, metadata={"help": "No autoregressive loss on the prompt."})
-    use_gt_labels: bool = field(default=False, metadata={"help": "Learn the column labels instead of the target's answer."})
-    teacher: str = field(default="self", metadata={"help": "self (the current model) or frozen (the model at the start)."})
+    use_gt_labels: bool = field(
+        default=False, metadata={"help": "Learn the column labels instead of the target's answer."}
+    )
+    teacher: str = field(
+        default="self", metadata={"help": "self (the current model) or frozen (the model at the start)."}
+    )
     packed: str = field(default="auto", metadata={"help": "auto, yes or no: one packed row an answer."})
     augment: bool = field(default=False, metadata={"help": "Put right tokens behind wrong ones."})
     states: str = field(default="trajectory", metadata={"help": "trajectory, or random corruption of the answer."})
@@ -70,12 +74,20 @@ class ConsistencyConfig(TrainingArguments):
         # The collator draws states from whole rows.
         self.remove_unused_columns = False
         if self.block_size is not None and self.block_size < 2:
-            raise UserError(f"block_size is {self.block_size}", hint="a block of 1 has no guesses to be consistent about")
-        for name, known in (("divergence", DIVERGENCES), ("teacher", ("self", "frozen")), ("packed", ("auto", "yes", "no"))):
+            raise UserError(
+                f"block_size is {self.block_size}", hint="a block of 1 has no guesses to be consistent about"
+            )
+        for name, known in (
+            ("divergence", DIVERGENCES),
+            ("teacher", ("self", "frozen")),
+            ("packed", ("auto", "yes", "no")),
+        ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is '{getattr(self, name)}', expected {', '.join(known)}")
         if self.ar_weight < 0 or not 0 <= self.label_smoothing < 1:
-            raise UserError(f"ar_weight is {self.ar_weight} and label_smoothing {self.label_smoothing}, expected 0 or more, and 0 to 1")
+            raise UserError(
+                f"ar_weight is {self.ar_weight} and label_smoothing {self.label_smoothing}, expected 0 or more, and 0 to 1"
+            )
         super().__post_init__()
 
 
@@ -152,7 +164,9 @@ class ConsistencyTrainer(Trainer):
         if guard is not None:
             self.add_callback(guard)
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
         """The micro-batches of one step, and how many pairs and labels they hold in all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._counts = self._count(batches)
@@ -258,7 +272,11 @@ class CollapseGuard(TrainerCallback):
             count += terms.labels
             repeats += [repetition(said[i][kept[i]].tolist()) for i in range(len(said))]
         model.train(trained)
-        return {"guard_ar_loss": loss / count, "guard_accuracy": right / count, "guard_repetition": sum(repeats) / len(repeats)}
+        return {
+            "guard_ar_loss": loss / count,
+            "guard_accuracy": right / count,
+            "guard_repetition": sum(repeats) / len(repeats),
+        }
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step == 0:
@@ -281,7 +299,9 @@ class CollapseGuard(TrainerCallback):
 def _packing(model: Any, wanted: str) -> bool:
     flash = "flash" in str(getattr(model.config, "_attn_implementation", ""))
     if wanted == "yes" and flash:
-        raise UserError("flash attention cannot follow a packed mask", hint="use attn_implementation='sdpa', or packed='no'")
+        raise UserError(
+            "flash attention cannot follow a packed mask", hint="use attn_implementation='sdpa', or packed='no'"
+        )
     if wanted == "yes" and not can_pack(model.config):
         raise UserError(
             f"{type(model).__name__} cannot follow a packed mask (it needs rotary positions and full attention)", hint="use packed='no'"

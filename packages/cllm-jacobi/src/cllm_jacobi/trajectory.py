@@ -76,10 +76,16 @@ def collect_trajectories(
     encoded = [tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
     if empty := [i for i, ids in enumerate(encoded) if not ids]:
         raise UserError(f"prompt {empty[0]} is empty", hint="give at least one token, or leave the row out")
-    truth = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in labels] if labels is not None else [[]] * len(encoded)
+    truth = (
+        [tokenizer(t, add_special_tokens=False)["input_ids"] for t in labels]
+        if labels is not None
+        else [[]] * len(encoded)
+    )
     collector = _Collector(model, tokenizer, block_size=block_size, max_new_tokens=max_new_tokens, init=init, seed=seed)
     if shards is not None:
-        _claim_shards(Path(shards), {**collector.settings(), "batch_size": batch_size, "prompts": encoded, "labels": truth})
+        _claim_shards(
+            Path(shards), {**collector.settings(), "batch_size": batch_size, "prompts": encoded, "labels": truth}
+        )
     parts = []
     for start in range(0, len(encoded), batch_size):
         rows = range(start, min(start + batch_size, len(encoded)))
@@ -87,7 +93,9 @@ def collect_trajectories(
         if file is not None and file.exists():
             part = Dataset.from_parquet(str(file), features=FEATURES, cache_dir=str(file.parent / "cache"))
         else:
-            part = Dataset.from_list(collector([encoded[i] for i in rows], [truth[i] for i in rows], start), features=FEATURES)
+            part = Dataset.from_list(
+                collector([encoded[i] for i in rows], [truth[i] for i in rows], start), features=FEATURES
+            )
             if file is not None:
                 with replace_atomically(file) as partial:
                     part.to_parquet(str(partial))
@@ -103,7 +111,9 @@ def _claim_shards(folder: Path, settings: dict[str, Any]) -> None:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
     mark = folder / "run.json"
     if mark.exists() and json.loads(mark.read_text(encoding="utf-8")).get("digest") != digest:
-        raise UserError(f"{folder} holds the batches of a run with other prompts or settings", hint="choose another folder")
+        raise UserError(
+            f"{folder} holds the batches of a run with other prompts or settings", hint="choose another folder"
+        )
     with replace_atomically(mark) as partial:
         partial.write_text(json.dumps({"digest": digest}), encoding="utf-8")
 
@@ -111,7 +121,9 @@ def _claim_shards(folder: Path, settings: dict[str, Any]) -> None:
 class _Collector:
     """Collects one batch at a time."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, block_size: int, max_new_tokens: int, init: Init, seed: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, block_size: int, max_new_tokens: int, init: Init, seed: int
+    ) -> None:
         self.model, self.n, self.budget, self.init, self.seed = model.eval(), block_size, max_new_tokens, init, seed
         eos = model.generation_config.eos_token_id
         eos = tokenizer.eos_token_id if eos is None else eos
@@ -152,7 +164,10 @@ class _Collector:
         """Greedy answers, EOS included, whatever the model's own generation settings are."""
         config = GenerationConfig(max_length=ids.shape[1] + self.budget, do_sample=False, return_dict_in_generate=True)
         # As generate prepares it; generate itself would add the model's penalties, under which y* is no fixed point.
-        config._eos_token_tensor, config._pad_token_tensor = torch.tensor(self.eos, dtype=torch.long), torch.tensor(self.pad)
+        config._eos_token_tensor, config._pad_token_tensor = (
+            torch.tensor(self.eos, dtype=torch.long),
+            torch.tensor(self.pad),
+        )
         out = JacobiConfig(block_size=1).decoder()(
             self.model,
             ids,
@@ -170,7 +185,10 @@ class _Collector:
         """For each row its blocks of states, and how many positions of y* are no fixed point in a block pass."""
         n, device, rows = self.n, ids.device, range(len(prompts))
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
-        fills = [Drafter(self.init, p, vocab_size=vocabulary, pad=self.pad, seed=mix(self.seed, start + i, 3)) for i, p in enumerate(prompts)]
+        fills = [
+            Drafter(self.init, p, vocab_size=vocabulary, pad=self.pad, seed=mix(self.seed, start + i, 3))
+            for i, p in enumerate(prompts)
+        ]
         cache = caches.open_cache(self.model)
         base = mask.sum(1) - 1
         if ids.shape[1] > 1:
@@ -249,10 +267,14 @@ def load_trajectories(file: str | Path, *, block_size: int | None = None, vocab_
         raise UserError(f"trajectory file '{file}' does not exist", hint="make one with cllm-jacobi collect")
     try:
         table = parquet.read_table(path)
-        dataset = Dataset.from_list(table.select([c for c in FEATURES if c in table.column_names]).to_pylist(), features=FEATURES)
+        dataset = Dataset.from_list(
+            table.select([c for c in FEATURES if c in table.column_names]).to_pylist(), features=FEATURES
+        )
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:160]
-        raise UserError(f"'{file}' is no trajectory file ({reason})", hint="make one with cllm-jacobi collect") from error
+        raise UserError(
+            f"'{file}' is no trajectory file ({reason})", hint="make one with cllm-jacobi collect"
+        ) from error
     check_trajectories(dataset, block_size=block_size, vocab_size=vocab_size)
     return dataset
 
@@ -270,7 +292,9 @@ def check_trajectories(dataset: Dataset, *, block_size: int | None = None, vocab
             raise UserError(f"row {number} holds the id {largest}, the model has {vocab_size} tokens", hint="use the tokenizer that collected them")  # fmt: skip
         for b, states in enumerate(row["trajectories"]):
             if not states or states[-1] != row["answer_ids"][b * row["n"] : (b + 1) * row["n"]]:
-                raise UserError(f"row {number}, block {b}: the last state is not the answer's block", hint="collect the row again")
+                raise UserError(
+                    f"row {number}, block {b}: the last state is not the answer's block", hint="collect the row again"
+                )
             if any(len(state) != len(states[-1]) for state in states):
                 raise UserError(f"row {number}, block {b}: the states differ in length", hint="collect the row again")
 
@@ -325,7 +349,8 @@ def read_official(file: str | Path, *, eos_token_id: int | Sequence[int] = (), m
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     number = -1
     try:
-        for number, record in enumerate(json.loads(path.read_text(encoding="utf-8"))):
+        for record in json.loads(path.read_text(encoding="utf-8")):
+            number += 1
             groups[record["data_id"]].append(record)
         rows = [_from_official(i, group, ends, model) for i, group in enumerate(groups.values())]
     except (json.JSONDecodeError, KeyError, TypeError, IndexError, ValueError) as error:
