@@ -12,7 +12,9 @@ import hashlib
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -441,7 +443,6 @@ def speed(seeds: list[int]) -> list[Any]:
     import torch
     from cllm_jacobi import JacobiConfig, testbed
     from cllm_jacobi.evaluate import LEAN, compare_decoders, decoders, speed_ratio
-    from cllm_jacobi.metrics import fast_forwarded, stationary  # noqa: F401
 
     torch.set_num_threads(1)
     words = testbed.tokenizer()
@@ -576,12 +577,113 @@ def block_sizes(seeds: list[int]) -> list[Any]:
     ]
 
 
+def _vllm_job(scenario: str, options: dict[str, Any]) -> Any:
+    """Run a scenario of the vLLM tests' driver in a process of its own."""
+    runtime = VLLM.parent.parent / "lib/libiomp5.so"
+    sources = os.pathsep.join(str(HERE.parent / folder) for folder in ("packages/cllm-jacobi/src", "shared/src"))
+    env = {
+        **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": sources,
+        **({"LD_PRELOAD": str(runtime)} if runtime.exists() else {}),
+    }  # fmt: skip
+    driver = HERE.parent / "packages/cllm-jacobi/tests_vllm/driver.py"
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        done = subprocess.run(
+            [str(VLLM), str(driver), scenario, json.dumps(options), str(answer)], env=env, capture_output=True, text=True, cwd=folder
+        )  # fmt: skip
+        if not answer.exists():
+            raise RuntimeError(f"the vLLM engine ended with {done.returncode}: {done.stderr[-2000:]}")
+        return json.loads(answer.read_text())
+
+
+def vllm(seeds: list[int]) -> list[Any]:
+    """Stock vLLM on the CPU with and without the plug-in, and its controls; one request at a time."""
+    fields: dict[str, Any] = {
+        "id": "vllm",
+        "statement": "Served by stock vLLM, the trained model needs far fewer passes; greedy tokens are vLLM's own.",
+        "metric": "new tokens a pass, one request at a time, n = 16, prefill included (higher is better)",
+        "bar": "tokens identical, and passes < 0.4 of plain vLLM's, in every seed",
+    }
+    if not VLLM.exists():
+        return [_claim(**fields, ours=None, peers={}, passed=None, seeds=[], note="not run here: no vLLM environment; make vllm && make bench-cllm-jacobi")]  # fmt: skip
+    from cllm_jacobi import testbed
+
+    ways = {
+        "plain": ("consistent", "plain"),
+        "ours": ("consistent", "jacobi"),
+        "tail discarded": ("consistent", "discard"),
+        "untrained weights": ("target", "jacobi"),
+        "vLLM's ngram": ("consistent", "ngram"),
+        "plain, untrained weights": ("target", "plain"),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        models = {kind: str(testbed.save(testbed.load(kind), Path(folder) / kind)) for kind in ("target", "consistent")}
+        runs = {
+            name: _vllm_job("measure", {"model": models[kind], "way": way, "seeds": seeds, "count": 30})
+            for name, (kind, way) in ways.items()
+        }
+
+    def per_pass(name: str) -> list[float]:
+        return [sum(map(len, run["outputs"])) / run["passes"] for run in runs[name]]
+
+    def faster(name: str, base: str) -> list[float]:
+        return [a["seconds"] / b["seconds"] for a, b in zip(runs[base], runs[name], strict=True)]
+
+    equal = all(
+        a["outputs"] == b["outputs"] and a["reasons"] == b["reasons"]
+        for name, base in (("ours", "plain"), ("tail discarded", "plain"), ("vLLM's ngram", "plain"), ("untrained weights", "plain, untrained weights"))
+        for a, b in zip(runs[name], runs[base], strict=True)
+    )  # fmt: skip
+    share = [a["passes"] / b["passes"] for a, b in zip(runs["ours"], runs["plain"], strict=True)]
+    return [
+        _claim(
+            **fields,
+            ours=_mean(per_pass("ours")),
+            peers={
+                **{f"{name}, tokens a pass": _mean(per_pass(name)) for name in ways if name != "ours"},
+                **{
+                    f"{name}, speed over plain": _mean(faster(name, "plain"))
+                    for name in ("ours", "tail discarded", "vLLM's ngram")
+                },
+                "untrained weights, speed over plain": _mean(faster("untrained weights", "plain, untrained weights")),
+            },
+            passed=equal and max(share) < 0.4,
+            seeds=seeds,
+            spread=_spread(per_pass("ours")),
+            note="The shipped weights of seed 0; the seeds choose the questions, 30 each. CPU back-end, one thread, float32; wall clock of engines run one after the other. "
+            + ("All tokens and finish reasons identical." if equal else "TOKENS DIFFER."),
+        )
+    ]
+
+
+def gpu(seeds: list[int]) -> list[Any]:
+    """What needs a GPU or downloaded weights, with its command."""
+    note = "not run here: "
+    return [
+        _claim(
+            id="gpu-7b",
+            statement="2.4 to 3.4 times faster generation with the published 7B models (the paper's abstract); GSM8K 3.0 times.",
+            metric="tokens per second over autoregressive decoding (higher is better)",
+            ours=None, peers={}, bar=">= 2.4", passed=None, seeds=[],
+            note=note + "cllm-jacobi evaluate -m cllm/consistency-llm-7b-math --tokenizer GAIR/Abel-7B-001 --prompts gsm8k.jsonl --template gsm8k --device cuda --dtype bfloat16 --limit 100",
+        ),
+        _claim(
+            id="gpu-static-cache",
+            statement="A target of about 100M parameters on a GPU in bf16, static cache and compiled pass, against generate and prompt lookup.",
+            metric="wall clock over model.generate (higher is better)",
+            ours=None, peers={}, bar="reported", passed=None, seeds=[],
+            note=note + "cllm-jacobi evaluate -m FOLDER --prompts FILE --device cuda --dtype bfloat16, and JacobiConfig(cache='static', compile=True) in Python",
+        ),
+    ]  # fmt: skip
+
+
 if __name__ == "__main__":
     from tenfold_shared.claims import run_benchmark
 
     _quiet()
     run_benchmark(
         "cllm-jacobi",
-        [worlds, speed, block_sizes, ablations, free_text],
+        [worlds, speed, block_sizes, ablations, free_text, vllm, gpu],
         libraries=["transformers", "accelerate", "datasets", "peft"],
     )

@@ -38,7 +38,9 @@ def test_the_commands_in_their_order(tmp_path, monkeypatch):
         words = shlex.split(command)[1:]
         if words[0] == "demo":
             continue
-        device = ["--device", "cpu"] if words[0] in ("generate", "collect", "train", "evaluate", "verify", "profile") else []
+        device = (
+            ["--device", "cpu"] if words[0] in ("generate", "collect", "train", "evaluate", "verify", "profile") else []
+        )
         result = CliRunner().invoke(cli.app, [*words, *device])
         assert result.exit_code == 0, f"{command}: {result.output} {result.exception}"
 

@@ -17,7 +17,9 @@ N = 6
 
 def proposer(**settings: Any) -> JacobiProposer:
     config = SimpleNamespace(
-        parallel_config=SimpleNamespace(worker_cls=settings.pop("worker", WORKER), pipeline_parallel_size=settings.pop("stages", 1)),
+        parallel_config=SimpleNamespace(
+            worker_cls=settings.pop("worker", WORKER), pipeline_parallel_size=settings.pop("stages", 1)
+        ),
         speculative_config=SimpleNamespace(num_speculative_tokens=N - 1),
         additional_config={"cllm_jacobi": settings} if settings else None,
     )

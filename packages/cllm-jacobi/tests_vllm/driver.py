@@ -36,7 +36,12 @@ def start(options: dict[str, Any]) -> Any:
     if way in ("jacobi", "discard"):
         settings |= engine_args(n, reuse=way == "jacobi")
     elif way == "ngram":
-        settings["speculative_config"] = {"method": "ngram", "num_speculative_tokens": n - 1, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
+        settings["speculative_config"] = {
+            "method": "ngram",
+            "num_speculative_tokens": n - 1,
+            "prompt_lookup_max": 4,
+            "prompt_lookup_min": 1,
+        }
     settings |= options.get("override", {})
     return LLM(**settings)
 
@@ -65,7 +70,11 @@ def generate(options: dict[str, Any]) -> dict[str, Any]:
         head = prompts(1, seed=9)[0] * 3
         asked = [head + p for p in asked]
     params = [
-        SamplingParams(temperature=0.0, max_tokens=options.get("lengths", [32])[i % len(options.get("lengths", [32]))], **options.get("params", {}))
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=options.get("lengths", [32])[i % len(options.get("lengths", [32]))],
+            **options.get("params", {}),
+        )
         for i in range(len(asked))
     ]
     passes = count_passes(llm)
@@ -95,6 +104,28 @@ def generate(options: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def measure(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """One request at a time, one set of prompts for each seed, in one engine."""
+    from vllm import SamplingParams
+
+    llm = start(options)
+    passes = count_passes(llm)
+    params = SamplingParams(temperature=0.0, max_tokens=32)
+    for p in prompts(3, seed=99):
+        llm.generate([{"prompt_token_ids": p}], params, use_tqdm=False)
+    runs = []
+    for seed in options["seeds"]:
+        asked = prompts(options["count"], seed=seed)
+        passes[0] = 0
+        begun = time.perf_counter()
+        outs = [llm.generate([{"prompt_token_ids": p}], params, use_tqdm=False)[0] for p in asked]
+        seconds = time.perf_counter() - begun
+        tokens = [list(o.outputs[0].token_ids) for o in outs]
+        reasons = [o.outputs[0].finish_reason for o in outs]
+        runs.append({"outputs": tokens, "reasons": reasons, "passes": passes[0], "seconds": seconds})
+    return runs
+
+
 def refused(options: dict[str, Any]) -> dict[str, str]:
     """What the plug-in says when it cannot work."""
     from vllm import SamplingParams
@@ -102,7 +133,11 @@ def refused(options: dict[str, Any]) -> dict[str, str]:
     try:
         llm = start(options)
         if options.get("temperature"):
-            llm.generate([{"prompt_token_ids": [5, 6]}], SamplingParams(temperature=options["temperature"], max_tokens=3), use_tqdm=False)
+            llm.generate(
+                [{"prompt_token_ids": [5, 6]}],
+                SamplingParams(temperature=options["temperature"], max_tokens=3),
+                use_tqdm=False,
+            )
     except BaseException as error:
         return {"kind": type(error).__name__, "error": str(error)}
     return {"kind": "", "error": ""}
@@ -113,5 +148,5 @@ if __name__ == "__main__":
     if scenario == "save":
         save(Path(path))
     else:
-        result = {f.__name__: f for f in (generate, refused)}[scenario](json.loads(options))
+        result = {f.__name__: f for f in (generate, measure, refused)}[scenario](json.loads(options))
         Path(path).write_text(json.dumps(result))

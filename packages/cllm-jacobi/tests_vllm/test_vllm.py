@@ -25,7 +25,13 @@ def test_mixed_batches_chunked_prefill_and_preemptions(engine, models):
         "max_num_seqs": 8, "max_num_batched_tokens": 48, "enable_chunked_prefill": True, "num_gpu_blocks_override": 9,
         "enable_prefix_caching": False,
     }  # fmt: skip
-    options = {"model": models["consistent"], "count": 24, "lengths": [20, 60, 33, 7], "params": {"ignore_eos": True}, "engine": tight}
+    options = {
+        "model": models["consistent"],
+        "count": 24,
+        "lengths": [20, 60, 33, 7],
+        "params": {"ignore_eos": True},
+        "engine": tight,
+    }
     plain = engine("generate", way="plain", **options)
     ours = engine("generate", n=8, **options)
     same(ours, plain)
