@@ -278,7 +278,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
     killed = subprocess.Popen(
         [*base, "--output", str(tmp_path / "b")], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not (tmp_path / "b/checkpoint-4/trainer_state.json").exists() and time.monotonic() < until:
         time.sleep(0.02)
     os.kill(killed.pid, signal.SIGKILL)

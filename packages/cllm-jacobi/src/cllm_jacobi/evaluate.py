@@ -50,7 +50,7 @@ def decoders(
     """Name to a function from (1, tokens) prompt ids to the new tokens."""
     import dataclasses
 
-    wanted = {
+    wanted: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
         "pad_token_id": pad,

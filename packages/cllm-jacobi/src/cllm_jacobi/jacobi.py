@@ -202,14 +202,16 @@ class JacobiDecoder:
         init: Init | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        given = {"block_size": block_size, "window": window, "init": init}
+        given: dict[str, Any] = {"block_size": block_size, "window": window, "init": init}
         config = dataclasses.replace(self.config, **{k: v for k, v in given.items() if v is not None})
         if config.compile or generation_config.cache_implementation == "static":
             config = dataclasses.replace(config, cache="static")
         self._refuse(model, input_ids, generation_config, logits_processor, model_kwargs, synced_gpus)
         run = _Run(self, config, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         with torch.inference_mode():
-            output = run.decode()
+            run.decode()
+        # Outside: an inference tensor could not be changed in place by who gets it.
+        output = run.output()
         return output if generation_config.return_dict_in_generate else output.sequences
 
     def _refuse(
@@ -414,7 +416,7 @@ class _Run:
 
     # The loop.
 
-    def decode(self) -> JacobiOutput:
+    def decode(self) -> None:
         if self.streamer is not None:
             self.streamer.put(self.input_ids.cpu())
         if self.input_ids.shape[1] and not all(row.done for row in self.rows):
@@ -423,7 +425,6 @@ class _Run:
             self.step()
         if self.streamer is not None:
             self.streamer.end()
-        return self.output()
 
     def prefill(self) -> None:
         logits = self.forward(self.input_ids.to(self.device), prefill=True)

@@ -1,8 +1,10 @@
 """The training behind `cllm-jacobi train`: a model by hub id or folder, LoRA, accelerate, and resuming after a kill."""
 
+import contextlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,9 @@ def run(
     trainer = ConsistencyTrainer(
         model, config, train_dataset=trajectories, processing_class=tokenizer, peft_config=peft_config
     )
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    # Trainer prints its log on stdout, which is for results.
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     target = output / "model"
     partial = output / "model.partial"
     trainer.save_model(str(partial))
