@@ -288,7 +288,7 @@ def test_a_killed_collection_resumes_to_the_same_file(world, tmp_path):
     killed = subprocess.Popen(
         [*base, "--output", str(tmp_path / "b")], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    until = time.monotonic() + 300
+    until = time.monotonic() + 400
     while len(list((tmp_path / "b").glob("shards/part-*"))) < 2 and time.monotonic() < until:
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)

@@ -1,5 +1,6 @@
 """Consistency training under Trainer: one process or two, cut short or not, the same weights."""
 
+import json
 import os
 import signal
 import subprocess
@@ -228,6 +229,7 @@ def test_nan_stops_and_keeps_the_checkpoint(tmp_path):
     assert torch.isfinite(load_file(tmp_path / "checkpoint-1/model.safetensors")["model.norm.weight"]).all()
 
 
+SGD = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.05}
 SCRIPT = textwrap.dedent(
     """
     import sys
@@ -236,56 +238,51 @@ SCRIPT = textwrap.dedent(
     torch.set_num_threads(1)
     import test_trainer
     from pathlib import Path
-    trainer = test_trainer.train(Path({output!r}), per_device_train_batch_size={batch}, max_steps=4, optim="sgd", learning_rate=0.05, **{backend})
+    trainer = test_trainer.train(Path({output!r}), per_device_train_batch_size=4, ddp_backend="gloo", **test_trainer.SGD)
+    assert trainer.args.world_size == 2
     if trainer.is_world_process_zero():
         trainer.save_model({output!r} + "/model")
-    assert trainer.args.world_size == {world}
     """
 )
 
 
 def test_two_gloo_processes_are_one(tmp_path):
     """Half the batch each, four steps, the weights of one process."""
-    for world, batch in ((1, 8), (2, 4)):
-        output = str(tmp_path / str(world))
-        script = tmp_path / f"run{world}.py"
-        script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), output=output, batch=batch, world=world, backend={"ddp_backend": "gloo"} if world > 1 else {}))
-        launch = (
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-            if world > 1
-            else [sys.executable]
-        )
-        done = subprocess.run(
-            [*launch, str(script)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    a, b = (load_file(tmp_path / w / "model/model.safetensors") for w in ("1", "2"))
-    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-6
+    one = train(tmp_path / "1", per_device_train_batch_size=8, **SGD).model.state_dict()
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), output=str(tmp_path / "2")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = load_file(tmp_path / "2/model/model.safetensors")
+    assert max(float((one[k] - two[k]).abs().max()) for k in two) < 1e-6
 
 
 def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
     """kill -9 in the middle, --resume, and the weights of the run that nobody disturbed."""
-    from cllm_jacobi import save_trajectories
+    from cllm_jacobi import cli, save_trajectories
+    from typer.testing import CliRunner
 
     save_trajectories(made_up(), tmp_path / "data.parquet")
     testbed.save(testbed.untrained(layers=1), tmp_path / "target")
-    base = [
-        sys.executable, "-m", "cllm_jacobi", "train", "--model", str(tmp_path / "target"), "--data", str(tmp_path / "data.parquet"),
-        "--max-steps", "30", "--batch-size", "4", "--save-steps", "2", "--learning-rate", "0.002", "--device", "cpu",
+    words = [
+        "train", "--model", str(tmp_path / "target"), "--data", str(tmp_path / "data.parquet"), "--max-steps", "30",
+        "--batch-size", "4", "--save-steps", "2", "--learning-rate", "0.002", "--device", "cpu", "--json",
     ]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*base, "--output", str(tmp_path / "a")], env=env, check=True, capture_output=True)
     killed = subprocess.Popen(
-        [*base, "--output", str(tmp_path / "b")], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    until = time.monotonic() + 300
+        [sys.executable, "-m", "cllm_jacobi", *words, "--output", str(tmp_path / "b")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    until = time.monotonic() + 400
     while not (tmp_path / "b/checkpoint-4/trainer_state.json").exists() and time.monotonic() < until:
         time.sleep(0.02)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "b/model").exists()
-    done = subprocess.run([*base, "--output", str(tmp_path / "b"), "--resume", ], env=env, capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "checkpoint-" in done.stdout
+    assert "earlier run" in CliRunner().invoke(cli.app, [*words, "--output", str(tmp_path / "b")]).stderr
+    resumed = CliRunner().invoke(cli.app, [*words, "--output", str(tmp_path / "b"), "--resume"])
+    assert resumed.exit_code == 0, resumed.output
+    assert json.loads(resumed.stdout)["resumed from"].startswith("checkpoint-")
+    assert CliRunner().invoke(cli.app, [*words, "--output", str(tmp_path / "a")]).exit_code == 0
     a, b = (load_file(tmp_path / w / "model/model.safetensors") for w in ("a", "b"))
     assert all(torch.equal(a[k], b[k]) for k in a)
