@@ -1,0 +1,87 @@
+"""The world is what it says: disjoint splits, a judge that judges, recipes that run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from cllm_jacobi import testbed
+from tenfold_shared.errors import UserError
+
+
+def test_splits_are_disjoint_by_construction():
+    train = {q for seed in range(3) for q, _ in testbed.questions(400, seed=seed)}
+    test = {q for q, _ in testbed.questions(400, split="test", seed=0)}
+    assert not train & test
+    assert all(testbed.in_test_split(q) for q in test) and not any(map(testbed.in_test_split, train))
+    with pytest.raises(UserError, match="split is 'dev'"):
+        testbed.questions(1, split="dev")
+
+
+def test_questions_are_the_seeds():
+    assert testbed.questions(20, seed=4) == testbed.questions(20, seed=4) != testbed.questions(20, seed=5)
+
+
+def test_every_reference_runs_and_fits():
+    judge, words = testbed.Database(), set(testbed.vocabulary())
+    for question, query in testbed.questions(300):
+        assert judge.run(query) is not None
+        assert set(question.split()) | set(query.split()) <= words
+        assert len(query.split()) + 1 <= testbed.MAX_NEW_TOKENS
+
+
+def test_the_judge_goes_by_rows():
+    judge = testbed.Database()
+    query = "SELECT COUNT ( * ) FROM staff WHERE age > 40 AND city = oslo"
+    assert judge.same("SELECT COUNT ( * ) FROM staff WHERE city = oslo AND age > 40", query)
+    assert not judge.same("SELECT COUNT ( * ) FROM staff WHERE age > 41", query)
+    assert not judge.same("SELECT COUNT (", query) and not judge.same("", query)
+    listed = "SELECT city FROM staff WHERE age > 90 ORDER BY salary DESC LIMIT 5"
+    assert not judge.same(listed.replace("DESC", "ASC"), listed)
+    # What a model writes cannot change the tables.
+    assert judge.run("DELETE FROM staff") is None
+    assert testbed.accuracy([query], [("", query)]) == [True]
+
+
+def test_the_tokenizer_goes_round():
+    words = testbed.tokenizer()
+    for question, query in testbed.questions(20):
+        text = f"{testbed.prompt(question)} {query}"
+        assert words.decode(words(text)["input_ids"]) == text
+
+
+def test_the_recipe_runs(tmp_path: Path):
+    """The rebuild command, cut short; what it stores loads."""
+    testbed.rebuild(tmp_path, steps=3, prompts=6, consistency_steps=2)
+    for kind in ("target", "consistent"):
+        model = testbed.load(kind, tmp_path)
+        pairs = testbed.questions(3, split="test")
+        texts, speeds = testbed.answer(model, pairs)
+        assert len(texts) == 3 and (speeds >= 1).all()
+    with pytest.raises(UserError, match="no model 'draft'"):
+        testbed.load("draft", tmp_path)
+
+
+@pytest.mark.skipif(
+    not (testbed.ASSETS / "target.safetensors").exists(), reason="the trained weights are not in this checkout"
+)
+def test_the_weights_that_come_with_the_package():
+    """Right on most unseen questions, and the trained one confirms several tokens a pass with the same weights' greedy output."""
+    pairs = testbed.questions(60, split="test", seed=77)
+    figures = {}
+    for kind in ("target", "consistent"):
+        model = testbed.load(kind)
+        greedy, _ = testbed.answer(model, pairs, block_size=1)
+        texts, speed = testbed.answer(model, pairs)
+        assert texts == greedy
+        figures[kind] = (sum(testbed.accuracy(texts, pairs)) / 60, float(speed.mean()))
+    assert figures["target"][0] > 0.8 and figures["consistent"][0] > 0.8
+    assert figures["target"][1] < 1.2 and figures["consistent"][1] > 2.0
+
+
+def test_float16_storage_is_the_model(tmp_path: Path):
+    model = testbed.untrained(seed=3)
+    testbed.store(model, "target", tmp_path)
+    again = testbed.load("target", tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.allclose(model(ids).logits, again(ids).logits, atol=2e-2)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
