@@ -242,7 +242,7 @@ real = adamoe.training.AnnealCallback.on_step_begin
 def slow(self, args, state, control, **kwargs):
     real(self, args, state, control, **kwargs)
     if state.global_step >= {stop}:
-        print("waiting", flush=True)
+        print("waiting", file=sys.__stdout__, flush=True)  # Trainer runs with stdout redirected
         time.sleep(600)
 adamoe.training.AnnealCallback.on_step_begin = slow
 fine_tune({base!r}, rows(), Recipe(steps=6, batch_size=2, lr=1e-3, save_steps=2), AdaMoEConfig(target_load=1.0), output=Path({out!r}), device="cpu")
