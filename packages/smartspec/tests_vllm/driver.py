@@ -97,10 +97,20 @@ def refused(options):
     from vllm import LLM
 
     try:
-        if options["case"] == "no speculative_config":
+        if options["case"] in ("no speculative_config", "two replicas"):
+            from smartspec.vllm_plugin import SmartSpecScheduler
+
+            class OfTwo(SmartSpecScheduler):
+                """As one rank of two starts it; a second rank would need a second engine."""
+
+                def __init__(self, vllm_config, **others):
+                    vllm_config.parallel_config.data_parallel_size = 2
+                    super().__init__(vllm_config, **others)
+
+            scheduler = OfTwo if options["case"] == "two replicas" else SmartSpecScheduler
             LLM(
-                options["target"], scheduler_cls="smartspec.vllm_plugin.SmartSpecScheduler", dtype="float32",
-                enforce_eager=True, block_size=32, max_model_len=128,
+                options["target"], scheduler_cls=scheduler, dtype="float32", enforce_eager=True, block_size=32,
+                max_model_len=128,
             )  # fmt: skip
         else:
             VllmServer(options["target"], options["draft"], max_draft_len=3, settings=options["settings"])

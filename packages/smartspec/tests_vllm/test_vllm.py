@@ -55,6 +55,7 @@ def test_a_request_may_refuse_speculation(engine, pair):
     ("case", "settings", "cause"),
     [
         ("no speculative_config", {}, "nothing to control"),
+        ("two replicas", {}, "data_parallel_size is 2"),
         ("unknown setting", {"speed": 11}, "no setting 'speed'"),
     ],
 )
