@@ -44,6 +44,10 @@ def engine(tmp_path: Path) -> Callable[..., Any]:
         runtime = Path(sys.prefix) / "lib" / "libiomp5.so"
         env = {
             **os.environ,
+            # The engine runs in a folder of its own, where a relative entry would lead nowhere.
+            "PYTHONPATH": os.pathsep.join(
+                str(Path(p).resolve()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p
+            ),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "HF_HUB_OFFLINE": "1",
@@ -54,7 +58,7 @@ def engine(tmp_path: Path) -> Callable[..., Any]:
             env["LD_PRELOAD"] = str(runtime)
         answer = tmp_path / "answer.json"
         command = [sys.executable, str(Path(__file__).parent / "driver.py"), scenario, json.dumps(options), str(answer)]
-        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, cwd=tmp_path)
+        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, cwd=tmp_path)
         assert answer.exists(), f"{scenario} ended with {result.returncode}:\n{result.stderr[-3000:]}"
         return json.loads(answer.read_text())
 
