@@ -10,6 +10,8 @@ MODULE  = $(subst -,_,$*)
 # Command lines must not depend on the network once the environment stands.
 export HF_HUB_OFFLINE ?= 1
 export UV_PYTHON_DOWNLOADS = never
+# Tests and demos start many interpreters; without bytecode each of them compiles torch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test bench report lint format lock lock-check dist clean vllm
