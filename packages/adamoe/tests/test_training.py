@@ -2,10 +2,8 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from adamoe import AdaMoEConfig, AnnealCallback, LoadController, TargetLoadCallb
 from adamoe.conversion import base_of, layer_routers
 from adamoe.errors import ConfigError
 from adamoe.finetuning import Recipe, collate, fine_tune, read_texts, with_lora
+from one_rank import KERNELS, LIMIT, loss_of, model_of
 from tenfold_shared.errors import UserError
 from tiny_mixtures import build, converted
 from transformers import Trainer, TrainingArguments
@@ -70,49 +69,41 @@ def test_accumulation_of_different_sequences_keeps_the_share_of_the_balance(tmp_
     assert part[1] == pytest.approx(part[8], rel=0.25) and part[8] > 1
 
 
-def gradients(rank, port, kernel):
-    """What rank `rank` of two gloo processes has after a backward pass; rank 1 sends no token to any expert."""
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-
-    where = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=400)}
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", **where)
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """What two gloo processes, one of them without any expert, have as gradients: kernel, then name; one per rank."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, str(TESTS / "one_rank.py")]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in range(2):
+        with (folder / f"{rank}.log").open("w") as log:
+            ranks.append(
+                subprocess.Popen([*command, str(rank), str(folder)], env=settings, stdout=log, stderr=subprocess.STDOUT)
+            )
     try:
-        tokens = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(5))
-        model = converted(noise=0.2, experts_implementation=kernel).train()
-        if rank:
-            set_load(model, null_bias=float("inf"))
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
-        wrapped(tokens[rank : rank + 1], labels=tokens[rank : rank + 1]).loss.backward()
-        return {n: p.grad for n, p in model.named_parameters()}
+        # The ranks give up by themselves earlier than this.
+        codes = [rank.wait(timeout=2 * LIMIT) for rank in ranks]
     finally:
-        dist.destroy_process_group()
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0, 0], "\n".join((folder / f"{rank}.log").read_text() for rank in range(2))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("kernel", ["adamoe_loop", "adamoe_grouped"])
-def test_two_processes_one_of_them_without_any_expert(kernel, tokens):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_two_processes_one_of_them_without_any_expert(kernel, of_two):
     """They do not wait for each other for ever, and their mean gradient is that of one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = (
-        f"import sys; sys.path.insert(0, {str(TESTS)!r}); import test_training as t; t.gradients(1, {port}, {kernel!r})"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        both = gradients(0, port, kernel)
-        assert other.wait(timeout=60) == 0
-    finally:
-        other.kill()
     alone = []
     for rank in (0, 1):
-        model = converted(noise=0.2, experts_implementation=kernel).train()
-        if rank:
-            set_load(model, null_bias=float("inf"))
-        model(tokens[rank : rank + 1], labels=tokens[rank : rank + 1]).loss.backward()
+        model = model_of(rank, kernel)
+        loss_of(model, rank).backward()
         alone.append({n: p.grad for n, p in model.named_parameters()})
-    for name, grad in both.items():
-        assert torch.allclose(grad, (alone[0][name] + alone[1][name]) / 2, atol=1e-6), name
+    assert not any(grad.any() for name, grad in alone[1].items() if "experts" in name)
+    for both in of_two:
+        assert both[kernel].keys() == alone[0].keys()
+        for name, grad in both[kernel].items():
+            assert torch.allclose(grad, (alone[0][name] + alone[1][name]) / 2, atol=1e-6), name
 
 
 def test_peft_trains_experts_and_routers_and_is_saved(tmp_path, tokens):
