@@ -141,7 +141,7 @@ def _world(seed: int) -> dict[str, Any]:
             "stationary": _mean(map(stationary, blocks)),
         }
     trained_on = {q for q, _ in testbed.questions(PROMPTS, seed=2000 + seed)}
-    trained_on |= {q for q, _ in testbed.questions(2000 * 16, seed=1000 + seed, distinct=False)}
+    trained_on |= {q for q, _ in testbed.questions(testbed.TARGET_STEPS * 16, seed=1000 + seed, distinct=False)}
     figures["seen"] = sum(q in trained_on for q, _ in pairs)
     return figures
 

@@ -202,6 +202,15 @@ def test_evaluate(world):
     assert rows[0]["accuracy"] is None
 
 
+def test_gsm8k_answers_go_by_their_last_number():
+    from cllm_jacobi.evaluate import share_right
+
+    texts = ["so 3 + 4 = 7 apples", "The answer is 1,200.", "none", "-2.5 degrees", "it is 70"]
+    truth = ["add them\n#### 7", "#### 1200", "#### 3", "#### -2.50", "#### 7"]
+    assert share_right(texts, truth, final_number=True) == pytest.approx(3 / 5)
+    assert share_right([" a ", "b"], ["a", "c"]) == 0.5
+
+
 def test_verify_agrees_and_exits_0(world):
     title = run("verify", "-m", world["model"], "--prompts", world["txt"], "--max-new-tokens", "12", *CPU).stdout
     assert "6 equal, 0 near-tie, 0 different" in title

@@ -239,12 +239,14 @@ def test_facts_of_the_fixed_point(tiny, batch):
             assert state[: j + 1] == block[: j + 1]  # the first token was certain before the first pass
         at += len(block)
     assert at >= 32
-    known = jacobi_generate(
-        model, **inputs, max_new_tokens=33, block_size=8, return_dict_in_generate=True,
-        init=lambda tokens, count: (greedy[len(tokens) :] + [2] * count)[:count],
-    )  # fmt: skip
-    assert known.accepted_per_pass[0] == [1, 8, 8, 8, 8]
-    assert known.tokens_per_iteration.item() == 8.0
+    # The first guesses of a rolling window ride in the prefill.
+    for window, accepted, speed in (("block", [1, 8, 8, 8, 8], 8.0), ("rolling", [8, 8, 8, 8, 1], 25 / 4)):
+        known = jacobi_generate(
+            model, **inputs, max_new_tokens=33, block_size=8, window=window, return_dict_in_generate=True,
+            init=lambda tokens, count: (greedy[len(tokens) :] + [2] * count)[:count],
+        )  # fmt: skip
+        assert known.accepted_per_pass[0] == accepted
+        assert known.tokens_per_iteration.item() == speed
 
 
 def test_max_new_tokens_cuts_inside_a_run(tiny, batch):
