@@ -263,6 +263,28 @@ def test_max_new_tokens_cuts_inside_a_run(tiny, batch):
         assert ours[0, 9:].tolist() == greedy[:new]
 
 
+@pytest.mark.parametrize("window", ["rolling", "block"])
+def test_token_types_go_on_as_in_generate(tiny, batch, window):
+    types = torch.randint(0, 5, batch["input_ids"].shape, generator=torch.Generator().manual_seed(0))
+    plain = same(tiny("gpt2"), batch, settings={"block_size": 7, "window": window})
+    typed = same(tiny("gpt2"), {**batch, "token_type_ids": types}, settings={"block_size": 7, "window": window})
+    assert plain.sequences.tolist() != typed.sequences.tolist()
+
+
+def test_an_extra_input_of_the_prompts_length_goes_to_the_prefill_alone(tiny, batch):
+    class Shifted(type(tiny("llama"))):
+        def forward(self, input_ids=None, shift=None, **arguments):
+            embedded = self.model.embed_tokens(input_ids)
+            return super().forward(inputs_embeds=embedded if shift is None else embedded + shift, **arguments)
+
+    model = copy.deepcopy(tiny("llama"))
+    model.__class__ = Shifted
+    shift = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0))
+    asked = {**single(batch), "max_new_tokens": NEW}
+    one, many = (jacobi_generate(model, **asked, shift=shift, block_size=n).tolist() for n in (1, 7))
+    assert one == many != jacobi_generate(model, **asked, block_size=7).tolist()
+
+
 def test_through_generate(tiny, batch):
     model, inputs = tiny("llama"), single(batch)
     plain = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)

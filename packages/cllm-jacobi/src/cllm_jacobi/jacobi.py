@@ -319,6 +319,8 @@ class _Run:
         self.extra = {
             k: v for k, v in kwargs.items() if k not in own and v is not None and (k in parameters or open_ended)
         }
+        # generate gives every new token the type of the last one.
+        self.types = self.extra.pop("token_type_ids", None)
         capacity = length + max(room, 0) + config.block_size
         self.cache = caches.open_cache(model, kind=config.cache, capacity=capacity)
         static = config.cache == "static"
@@ -351,6 +353,9 @@ class _Run:
             arguments["position_ids"] = positions
         if self.knows_keep:
             arguments["logits_to_keep"] = prefill
+        if self.types is not None:
+            fill = self.types[:, -1:].expand(-1, width - self.types.shape[1] if prefill else width)
+            arguments["token_type_ids"] = torch.cat([self.types, fill], 1) if prefill else fill
         if prefill:
             arguments |= self.extra
         logits = (self.model if prefill else self.block_pass())(**arguments).logits
