@@ -242,6 +242,9 @@ def test_verify_exits_1_at_a_real_difference_and_names_ties(world, monkeypatch):
     ]
     (row,) = json.loads(run(*words, code=1).stdout)
     assert row["verdict"] == "different" and row["token"] == 3 and row["logit gap"] > 0
+    # A token that is not among the two best is no tie, however close those are.
+    (row,) = json.loads(run(*words, "--tolerance", "1000", code=1).stdout)
+    assert row["verdict"] == "different"
 
     # The second-best token, and a tolerance above its gap: a near-tie.
     def second(model, ids, **settings):

@@ -62,6 +62,18 @@ def test_the_guess_does_not_matter(tiny, batch, init, window):
     same(tiny("mistral"), single(batch), settings={"block_size": 7, "init": init, "window": window})
 
 
+def test_an_ngram_pool_goes_on_as_the_rejected_tail_did():
+    from cllm_jacobi.draft import Drafter
+
+    drafter = Drafter("ngram", [50], vocab_size=61)
+    drafter.remember([4, 9, 7])
+    assert drafter.fill([3, 4], 2) == [9, 7]
+    assert drafter.fill([3, 9], 3) == [7, 50, 50]
+    assert drafter.fill([3, 7], 1) == [50]  # nothing followed it
+    drafter.remember([9, 8])
+    assert drafter.fill([9], 1) == [8] and drafter.fill([4], 2) == [9, 7]
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_both_batch_schemes_agree(tiny, batch, name):
     for scheme in ("holes", "lockstep"):
