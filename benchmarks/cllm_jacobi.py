@@ -331,7 +331,7 @@ def ablations(seeds: list[int]) -> list[Any]:
                 id="ablation-" + name.replace(" = ", "").replace(" ", "-").replace(",", "").lower(),
                 statement=f"Ablation, {name}: "
                 + (
-                    "without the autoregressive loss speed rises and the answers are worthless."
+                    "without the autoregressive loss the answers are worthless."
                     if collapse
                     else "what it changes against the default (global loss, w = 10, n = 16, 1500 prompts)."
                 ),
