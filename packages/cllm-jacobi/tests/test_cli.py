@@ -202,6 +202,15 @@ def test_evaluate(world):
     assert rows[0]["accuracy"] is None
 
 
+def test_gsm8k_answers_go_by_their_last_number():
+    from cllm_jacobi.evaluate import share_right
+
+    texts = ["so 3 + 4 = 7 apples", "The answer is 1,200.", "none", "-2.5 degrees", "it is 70"]
+    truth = ["add them\n#### 7", "#### 1200", "#### 3", "#### -2.50", "#### 7"]
+    assert share_right(texts, truth, final_number=True) == pytest.approx(3 / 5)
+    assert share_right([" a ", "b"], ["a", "c"]) == 0.5
+
+
 def test_verify_agrees_and_exits_0(world):
     title = run("verify", "-m", world["model"], "--prompts", world["txt"], "--max-new-tokens", "12", *CPU).stdout
     assert "6 equal, 0 near-tie, 0 different" in title
@@ -233,6 +242,9 @@ def test_verify_exits_1_at_a_real_difference_and_names_ties(world, monkeypatch):
     ]
     (row,) = json.loads(run(*words, code=1).stdout)
     assert row["verdict"] == "different" and row["token"] == 3 and row["logit gap"] > 0
+    # A token that is not among the two best is no tie, however close those are.
+    (row,) = json.loads(run(*words, "--tolerance", "1000", code=1).stdout)
+    assert row["verdict"] == "different"
 
     # The second-best token, and a tolerance above its gap: a near-tie.
     def second(model, ids, **settings):

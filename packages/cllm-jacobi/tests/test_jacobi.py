@@ -62,6 +62,18 @@ def test_the_guess_does_not_matter(tiny, batch, init, window):
     same(tiny("mistral"), single(batch), settings={"block_size": 7, "init": init, "window": window})
 
 
+def test_an_ngram_pool_goes_on_as_the_rejected_tail_did():
+    from cllm_jacobi.draft import Drafter
+
+    drafter = Drafter("ngram", [50], vocab_size=61)
+    drafter.remember([4, 9, 7])
+    assert drafter.fill([3, 4], 2) == [9, 7]
+    assert drafter.fill([3, 9], 3) == [7, 50, 50]
+    assert drafter.fill([3, 7], 1) == [50]  # nothing followed it
+    drafter.remember([9, 8])
+    assert drafter.fill([9], 1) == [8] and drafter.fill([4], 2) == [9, 7]
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_both_batch_schemes_agree(tiny, batch, name):
     for scheme in ("holes", "lockstep"):
@@ -239,12 +251,14 @@ def test_facts_of_the_fixed_point(tiny, batch):
             assert state[: j + 1] == block[: j + 1]  # the first token was certain before the first pass
         at += len(block)
     assert at >= 32
-    known = jacobi_generate(
-        model, **inputs, max_new_tokens=33, block_size=8, return_dict_in_generate=True,
-        init=lambda tokens, count: (greedy[len(tokens) :] + [2] * count)[:count],
-    )  # fmt: skip
-    assert known.accepted_per_pass[0] == [1, 8, 8, 8, 8]
-    assert known.tokens_per_iteration.item() == 8.0
+    # The first guesses of a rolling window ride in the prefill.
+    for window, accepted, speed in (("block", [1, 8, 8, 8, 8], 8.0), ("rolling", [8, 8, 8, 8, 1], 25 / 4)):
+        known = jacobi_generate(
+            model, **inputs, max_new_tokens=33, block_size=8, window=window, return_dict_in_generate=True,
+            init=lambda tokens, count: (greedy[len(tokens) :] + [2] * count)[:count],
+        )  # fmt: skip
+        assert known.accepted_per_pass[0] == accepted
+        assert known.tokens_per_iteration.item() == speed
 
 
 def test_max_new_tokens_cuts_inside_a_run(tiny, batch):
@@ -259,6 +273,28 @@ def test_max_new_tokens_cuts_inside_a_run(tiny, batch):
             init=lambda tokens, count: greedy[len(tokens) : len(tokens) + count],
         )
         assert ours[0, 9:].tolist() == greedy[:new]
+
+
+@pytest.mark.parametrize("window", ["rolling", "block"])
+def test_token_types_go_on_as_in_generate(tiny, batch, window):
+    types = torch.randint(0, 5, batch["input_ids"].shape, generator=torch.Generator().manual_seed(0))
+    plain = same(tiny("gpt2"), batch, settings={"block_size": 7, "window": window})
+    typed = same(tiny("gpt2"), {**batch, "token_type_ids": types}, settings={"block_size": 7, "window": window})
+    assert plain.sequences.tolist() != typed.sequences.tolist()
+
+
+def test_an_extra_input_of_the_prompts_length_goes_to_the_prefill_alone(tiny, batch):
+    class Shifted(type(tiny("llama"))):
+        def forward(self, input_ids=None, shift=None, **arguments):
+            embedded = self.model.embed_tokens(input_ids)
+            return super().forward(inputs_embeds=embedded if shift is None else embedded + shift, **arguments)
+
+    model = copy.deepcopy(tiny("llama"))
+    model.__class__ = Shifted
+    shift = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0))
+    asked = {**single(batch), "max_new_tokens": NEW}
+    one, many = (jacobi_generate(model, **asked, shift=shift, block_size=n).tolist() for n in (1, 7))
+    assert one == many != jacobi_generate(model, **asked, block_size=7).tolist()
 
 
 def test_through_generate(tiny, batch):

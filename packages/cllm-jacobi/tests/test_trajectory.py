@@ -73,6 +73,25 @@ def test_batch_equals_singles(tiny, found):
         assert row == found[i]
 
 
+def test_what_is_no_fixed_point_is_counted(tiny, found, monkeypatch):
+    """An answer that the block passes do not confirm, as after a near-tie, is kept as it was given."""
+    from cllm_jacobi import trajectory
+
+    answers = trajectory._Collector.answers
+
+    def other(self, ids, mask):
+        given = answers(self, ids, mask)
+        given[0][2] = 60 if given[0][2] != 60 else 59
+        return given
+
+    monkeypatch.setattr(trajectory._Collector, "answers", other)
+    rows = gather(tiny("llama"))
+    assert rows[0]["disagreements"] > 0 and rows[1].items() == found[1].items()
+    for b, states in enumerate(rows[0]["trajectories"]):
+        assert states[-1] == rows[0]["answer_ids"][b * N : (b + 1) * N]
+        assert states.count(states[-1]) == 1
+
+
 def test_a_stopped_collection_goes_on(tiny, found, tmp_path):
     model = tiny("llama")
 

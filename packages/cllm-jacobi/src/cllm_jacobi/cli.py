@@ -273,7 +273,7 @@ def evaluate(
         rows.append(
             [
                 name,
-                _accuracy(texts, read, prompts),
+                _accuracy(texts, read, prompts, template),
                 row.equal,
                 speed,
                 row.tokens_per_second,
@@ -537,17 +537,18 @@ def _ends(net: Any, words: Any) -> tuple[list[int], int]:
     return ends, pad
 
 
-def _accuracy(texts: list[str], read: list[Any], prompts: str) -> float | None:
-    """Share of right answers: by execution in the testbed, else the expected answer's text; None without answers."""
+def _accuracy(texts: list[str], read: list[Any], prompts: str, template: str) -> float | None:
+    """Share of right answers: by execution in the testbed, by the last number in gsm8k, else by text; None without answers."""
     if any(p.answer is None for p in read):
         return None
     if prompts == "testbed":
         from cllm_jacobi import testbed
 
         right = testbed.accuracy(texts, [(p.question, p.answer) for p in read])
-    else:
-        right = [text.strip() == p.answer.strip() for text, p in zip(texts, read, strict=True)]
-    return sum(right) / len(right)
+        return sum(right) / len(right)
+    from cllm_jacobi.evaluate import share_right
+
+    return share_right(texts, [p.answer for p in read], final_number=template == "gsm8k")
 
 
 def _data(file: Path, words: Any = None) -> Any:

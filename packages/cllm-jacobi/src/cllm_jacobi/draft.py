@@ -41,12 +41,13 @@ class Drafter:
             if len(guesses) != count or any(not 0 <= t < self.vocab_size for t in guesses):
                 raise UserError(f"the draft function gave {guesses}, expected {count} ids below {self.vocab_size}")
             return guesses
+        last = tokens[-1] if tokens else self.prompt[-1]
         if self.init == "repeat":
-            return [tokens[-1]] * count
+            return [last] * count
         if self.init == "pad":
             return [self.pad] * count
-        if self.init == "ngram" and tokens[-1] in self.pool:
-            found = self.pool[tokens[-1]][:count]
+        if self.init == "ngram" and last in self.pool:
+            found = self.pool[last][:count]
             return found + self._draw(count - len(found))
         return self._draw(count)
 

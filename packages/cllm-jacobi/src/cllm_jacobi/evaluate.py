@@ -3,6 +3,7 @@
 The bar for speed is the leanest autoregressive loop, which is faster than `generate` on small models.
 """
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -126,6 +127,19 @@ def compare_decoders(
     for row in figures.values():
         row.equal = sum(a == b for a, b in zip(row.outputs, figures[LEAN].outputs, strict=True))
     return figures
+
+
+def share_right(texts: Sequence[str], expected: Sequence[str], *, final_number: bool = False) -> float:
+    """Share of answers that are the expected text; with `final_number`, whose last number is its last number (GSM8K)."""
+
+    def key(text: str) -> str:
+        if not final_number:
+            return text.strip()
+        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+        return str(float(numbers[-1].replace(",", ""))) if numbers else ""
+
+    right = [key(text) == key(answer) != "" for text, answer in zip(texts, expected, strict=True)]
+    return sum(right) / len(right)
 
 
 def speed_ratio(ours: DecoderFigures, peer: DecoderFigures) -> float:

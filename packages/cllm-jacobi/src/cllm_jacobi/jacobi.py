@@ -6,7 +6,8 @@ The model is causal, so a guess whose whole prefix is right is judged as autoreg
 pass at least one token more is certain, and the output is the greedy output of the same model, token for token. How many
 are certain at once is a matter of luck for an ordinary model, and of training for one that was made consistent.
 
-The cache holds the certain tokens except the newest ones, which are fed at the head of the next block.
+The cache holds the certain tokens except the newest ones, which are fed at the head of the next block. A rolling window
+starts in the prefill: its first guesses are fed behind the prompt, and are judged in that pass.
 """
 
 import dataclasses
@@ -53,7 +54,8 @@ class JacobiConfig:
     block_size: int = 16
     """Tokens of a pass, n; 1 is plain autoregressive decoding."""
     window: str = "rolling"
-    """"rolling": always n tokens, the tail refilled at every pass. "block": a block shrinks until it is used up (published)."""
+    """"rolling": always n tokens from the prefill on, the tail refilled at every pass. "block": the prompt alone, then blocks
+    that shrink until they are used up (published)."""
     init: Init = "prompt"
     """Initial guesses and refills, see `cllm_jacobi.draft`."""
     sampling: str = "gumbel"
@@ -104,9 +106,9 @@ class JacobiOutput(ModelOutput):
     tokens_per_forward: torch.Tensor | None = None
     """(b,) new tokens / passes; autoregressive decoding gives 1."""
     tokens_per_iteration: torch.Tensor | None = None
-    """(b,) (new tokens - 1) / (passes - 1), which leaves the prefill out; NaN for one pass."""
+    """(b,) tokens of the passes behind the prefill / their number; NaN without any."""
     accepted_per_pass: list[list[int]] | None = None
-    """For each row the tokens that each pass made certain; the first entry is the prefill's."""
+    """For each row the tokens that each pass made certain; the first entry is the prefill's, 1 with window "block"."""
     trajectories: list[list[list[list[int]]]] | None = None
     """For each row its blocks, for each block its states, each up to block_size ids."""
 
@@ -130,7 +132,7 @@ class _Row:
     def refill(self, config: JacobiConfig) -> None:
         """Bring the draft to its length for the next pass."""
         # A pass emits one token more than it confirms, so the last one needs no draft.
-        most = min(config.block_size - len(self.pending), self.room - 1)
+        most = min(config.block_size - max(len(self.pending), 1), self.room - 1)
         if config.window == "block" and self.draft:
             most = min(most, len(self.draft))
         new_block = config.window == "block" and not self.draft
@@ -317,6 +319,8 @@ class _Run:
         self.extra = {
             k: v for k, v in kwargs.items() if k not in own and v is not None and (k in parameters or open_ended)
         }
+        # generate gives every new token the type of the last one.
+        self.types = self.extra.pop("token_type_ids", None)
         capacity = length + max(room, 0) + config.block_size
         self.cache = caches.open_cache(model, kind=config.cache, capacity=capacity)
         static = config.cache == "static"
@@ -332,8 +336,8 @@ class _Run:
 
     # One pass of the model.
 
-    def forward(self, ids: torch.Tensor, *, prefill: bool = False) -> torch.Tensor:
-        """(batch, m) ids to (batch, kept, vocabulary) float32 logits; the prefill keeps the last position only."""
+    def forward(self, ids: torch.Tensor, *, prefill: int = 0) -> torch.Tensor:
+        """(batch, m) ids to (batch, kept, vocabulary) float32 logits; of a prefill the last `prefill` positions are kept."""
         width = ids.shape[1]
         arguments: dict[str, Any] = {"input_ids": ids, "past_key_values": self.cache, "use_cache": True}
         if self.mask is not None:
@@ -348,12 +352,15 @@ class _Run:
                 positions = positions.clamp_max(self.last_position)
             arguments["position_ids"] = positions
         if self.knows_keep:
-            arguments["logits_to_keep"] = 1 if prefill else 0
+            arguments["logits_to_keep"] = prefill
+        if self.types is not None:
+            fill = self.types[:, -1:].expand(-1, width - self.types.shape[1] if prefill else width)
+            arguments["token_type_ids"] = torch.cat([self.types, fill], 1) if prefill else fill
         if prefill:
             arguments |= self.extra
         logits = (self.model if prefill else self.block_pass())(**arguments).logits
         # As generate does, whatever the model's precision.
-        return (logits[:, -1:] if prefill else logits).to(torch.float32)
+        return logits[:, -prefill:].to(torch.float32)
 
     def block_pass(self) -> Any:
         if not self.config.compile:
@@ -427,14 +434,32 @@ class _Run:
             self.streamer.end()
 
     def prefill(self) -> None:
-        logits = self.forward(self.input_ids.to(self.device), prefill=True)
-        # Before the prefill sliding layers would keep the whole prompt.
+        ids = self.input_ids.to(self.device)
+        # What else the model is given speaks of the prompt's tokens only.
+        if self.config.window == "rolling" and not self.extra:
+            for row in self.rows:
+                row.refill(self.config)
+        width = len(self.rows[0].draft)
+        if width:
+            ids = torch.cat([ids, torch.tensor([row.draft for row in self.rows], device=self.device)], 1)
+            if self.mask is not None or self.holes:
+                self.extend_mask(width)
+            self.record_past()
+        logits = self.forward(ids, prefill=width + 1)
+        for i in range(len(self.rows)):
+            self.judge(i, logits[i])
+        if width:
+            self.keep([len(row.tokens) - 1 for row in self.rows], width)
+        else:
+            # Before a prefill that takes nothing back sliding layers would keep the whole prompt.
+            self.record_past()
+        self.stream()
+
+    def record_past(self) -> None:
+        """Let the cache's layers keep what a roll-back may need."""
         if not caches.is_static(self.cache):
             self.cache.activate_past_recording()
             caches.check(self.cache)
-        for i in range(len(self.rows)):
-            self.judge(i, logits[i])
-        self.stream()
 
     def step(self) -> None:
         """One pass over all rows."""
@@ -507,7 +532,7 @@ class _Run:
             forward_passes=passes,
             new_tokens=tokens,
             tokens_per_forward=tokens / passes.clamp_min(1),
-            tokens_per_iteration=(tokens - 1) / (passes - 1),
+            tokens_per_iteration=(tokens - torch.tensor([sum(row.accepted[:1]) for row in self.rows])) / (passes - 1),
             accepted_per_pass=[row.accepted for row in self.rows],
             trajectories=[row.blocks for row in self.rows] if self.config.return_trajectory else None,
         )

@@ -214,7 +214,7 @@ class _Collector:
             state = torch.tensor([fills[i].fill(context[i], n) for i in rows], device=device)
             kept = [[state[i, : len(targets[i])].tolist()] for i in rows]
             mask = torch.cat([mask, mask.new_ones(len(prompts), n)], 1)
-            done = 0
+            done, wrong = 0, torch.zeros_like(inside)
             for _ in range(n):
                 active = ((state != target) & inside).any(1)
                 if not bool(active.any()):
@@ -225,6 +225,8 @@ class _Collector:
                 right = ((inputs[:, 1:] == target[:, :-1]) | ~inside[:, :-1]).long().cumprod(1).sum(1)
                 keep = min(int(right[active].min()) + 1, n - 1) if n > 1 else 0
                 caches.take_back(cache, n - max(keep, done))
+                # Said behind a right prefix: the model's own word on y*.
+                wrong[:, done:keep] = (state != target)[:, done:keep]
                 done = max(keep, done)
                 state = torch.where(active[:, None], state, target)
                 # Positions behind a right prefix are known even where a near-tie says otherwise.
@@ -233,7 +235,7 @@ class _Collector:
                     if active[i]:
                         kept[i].append(state[i, : len(targets[i])].tolist())
             clean = torch.cat([head, target[:, :-1]], 1)
-            wrong = (torch.cat([target[:, :done], feed(clean[:, done:], done)], 1) != target) & inside
+            wrong[:, done:] = feed(clean[:, done:], done) != target[:, done:]
             caches.take_back(cache, 0)
             length += n
             base = base + n
@@ -243,7 +245,7 @@ class _Collector:
                     if kept[i][-1] != targets[i]:
                         kept[i].append(targets[i])
                     blocks[i].append(kept[i])
-                    differ[i] += int(wrong[i].sum())
+                    differ[i] += int((wrong[i] & inside[i]).sum())
         return list(zip(blocks, differ, strict=True))
 
 
