@@ -295,7 +295,14 @@ def _arms_figure(seeds: list[int]) -> None:
             for axis, key in ((axes[0], "ce"), (axes[1], "ce hard")):
                 x, y = column(name, "load", seeds), column(name, key, seeds)
                 axis.scatter(x, y, s=14, color=tint, alpha=0.5)
-                axis.scatter(mean(x), mean(y), s=70, color=tint, marker="D" if name == "AdaMoE" else "o", label=name)
+                axis.scatter(
+                    mean(x),
+                    mean(y),
+                    s=70,
+                    color=tint,
+                    marker="D" if name == "AdaMoE" else "os"[i >= len(PEERS)],
+                    label=name,
+                )
         axes[0].set(xlabel="true experts per token", ylabel="cross-entropy", title="all positions")
         axes[1].set(xlabel="true experts per token", title="facts to be memorised", yscale="log")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -314,7 +321,7 @@ def _types_figure(seeds: list[int]) -> None:
             for place, v in zip(places, values, strict=True):
                 axis.scatter([place] * len(v), v, s=8, color="#222222", zorder=3)
         axis.set_xticks([k + 0.3 for k in range(len(KINDS))], KINDS)
-        axis.set(ylabel="true experts per token", title="by what is to be predicted (dots: seeds)", ylim=(0.8, None))
+        axis.set(ylabel="true experts per token", title="by what is to be predicted (dots: seeds)", ylim=(0.8, 2.15))
         axis.legend(loc="upper left", ncols=2, fontsize=8)
         save(figure, RESULTS / "adamoe/types.png")
 
