@@ -92,6 +92,7 @@ def read_config(path: str | Path, **overrides: Any) -> TrainConfig:
     config = TrainConfig(**{**raw, **overrides})
     here = {name: path.parent / value for name in ("prompts", "trajectories", "latent_lpips")
             if (value := getattr(config, name)) and not value.is_absolute()}  # fmt: skip
-    if (path.parent / config.model).is_dir():
-        here["model"] = str(path.parent / config.model)
+    for name in ("model", "reward_model"):
+        if (value := getattr(config, name)) and (path.parent / value).exists():
+            here[name] = str(path.parent / value)
     return config.model_copy(update=here)

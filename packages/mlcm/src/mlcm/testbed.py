@@ -427,6 +427,18 @@ def tiny_pipeline(*, xl: bool = False, seed: int = 0) -> Any:
     return pipe
 
 
+def tiny_clip(folder: str | Path) -> None:
+    """Save a random CLIP model with its tokenizer, for rewards."""
+    from transformers import CLIPConfig, CLIPModel
+
+    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**layers, "vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=text, vision_config={**layers, "image_size": 16, "patch_size": 8}, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
 def byte_tokenizer() -> Any:
     """A CLIP tokenizer of single bytes."""
     from transformers import CLIPTokenizer

@@ -103,8 +103,22 @@ class MLCMTrainer:
         self.optimizer: Any = None
         self._optimizer_state: dict[str, Any] | None = None
         self.adversary: Adversary | None = None
-        if bank is not None and bank.states.shape[2:] != self.shape:
+        if bank is not None:
+            self._check_bank(bank)
+
+    def _check_bank(self, bank: TrajectoryBank) -> None:
+        if bank.states.shape[2:] != self.shape:
             raise UserError(f"the bank's latents are {tuple(bank.states.shape[2:])}, the student's {self.shape}")
+        if list(bank.milestones) != self.milestones:
+            raise UserError(
+                f"the bank's milestones are {list(bank.milestones)}, training's {self.milestones}",
+                hint="compute it with the same segments and schedule",
+            )
+        if int(bank.prompts.max()) >= len(self.conditioner):
+            raise UserError(
+                f"the bank names prompt {int(bank.prompts.max())}, but there are {len(self.conditioner)}",
+                hint="train with the prompts file that it was computed for",
+            )
 
     def _frozen(self, z: Tensor, t: Tensor, condition: Condition, scale: float | Tensor) -> Tensor:
         with adapters_off(self.network):
@@ -304,7 +318,10 @@ class MLCMTrainer:
                     export_lora(self.network, partial / LORA_FILE)
                 if self.adversary is not None:
                     torch.save(self.adversary.state_dict(), partial / "adversary.pt")
-                record = {"config": self.config.model_dump(mode="json"), "progress": self.progress, "stage": self.stage}
+                record = {
+                    "config": self.config.model_dump(mode="json"), "milestones": self.milestones,
+                    "progress": self.progress, "stage": self.stage,
+                }  # fmt: skip
                 (partial / STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         self.accelerator.wait_for_everyone()
 
