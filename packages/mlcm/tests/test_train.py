@@ -172,11 +172,13 @@ def test_the_same_seed_gives_the_same_training_and_another_does_not():
     assert runs[0].losses == runs[1].losses != runs[2].losses
 
 
-def test_accumulation_is_a_larger_batch():
-    """Not the same rows, but the same number of gradient steps and finite losses; the mean is over all micro-batches."""
-    made = plane(gradient_accumulation=3)
-    made.train_stage1(2)
-    assert made.progress["stage1"] == 2 and len(made.losses) == 2
+def test_accumulation_averages_its_micro_batches():
+    """A step of three micro-batches has the mean of the losses that three steps see when nothing moves between them."""
+    made, still = plane(gradient_accumulation=3), plane(learning_rate=1e-12, weight_decay=0.0)
+    made.train_stage1(1)
+    still.train_stage1(3)
+    assert len(made.losses) == 1 and made.progress["stage1"] == 1
+    assert made.losses[0] == pytest.approx(sum(still.losses) / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "reward"])

@@ -21,6 +21,9 @@ class MLCMConfig(BaseModel):
     )
     teacher_substeps: int = Field(3, ge=1, description="p, guided teacher steps between milestones in stage 2")
     student_steps: int = Field(4, ge=1, description="q, student steps to the samples that stage 2 noises")
+    milestone_weighting: Literal["velocity", "uniform"] = Field(
+        "velocity", description="of stage 2's loss over milestones; uniform is the paper's"
+    )
     solver: Literal["ddim", "dpm++"] = "ddim"
     milestone_spacing: Literal["uniform", "snr"] = "uniform"
     loss: Literal["l2", "huber", "latent_lpips"] = "l2"

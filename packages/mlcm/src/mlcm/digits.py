@@ -32,7 +32,7 @@ from mlcm.trajectory import TeacherTrajectory, TrajectoryBank
 
 DATA = Path(str(files("mlcm") / "data"))
 WEIGHTS, STUDENT = "digits.safetensors", "digits_student.safetensors"
-STUDENT_STEPS, RANK = 60, 16
+STUDENT_STEPS, RANK = 300, 16
 CLASSES = 10
 GUIDANCE = 2.0
 SHAPE = (4, 4, 4)

@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from mlcm.adversary import Adversary
 from mlcm.conditioners import Conditioner
 from mlcm.config import MLCMConfig
-from mlcm.distill import Distance, Pairs, from_bank, milestone_pairs, predictions, segment_pairs, student_sample
+from mlcm.distill import (
+    Distance,
+    Pairs,
+    consistency_loss,
+    from_bank,
+    milestone_pairs,
+    predictions,
+    segment_pairs,
+    student_sample,
+)
 from mlcm.losses import make_distance
 from mlcm.network import SDXL_TARGETS, Condition, Denoiser, Teacher, adapters_off, add_lora, trainable
 from mlcm.randomness import RowNoise, initialised_from, seeded
@@ -157,8 +166,9 @@ class MLCMTrainer:
         def rows(noise: "Draws", step: int) -> Tensor:
             pairs = self._milestone_pairs(noise)
             predicted = predictions(self._student.x0, self.schedule, pairs)
-            anchor = self.config.reward_anchor * self.distance(predicted, pairs.target)
-            return loss(predicted, noise.prompts) + anchor
+            anchor = self.config.reward_anchor * pairs.weight * self.distance(predicted, pairs.target)
+            # Content is chosen at high noise; with velocity weights the clean end, where only detail is left, is pulled least.
+            return loss(predicted, noise.prompts) * pairs.weight**-2 + anchor
 
         self._train("reward", steps, self.config.stage2_learning_rate, checkpoint, rows)
 
@@ -177,7 +187,7 @@ class MLCMTrainer:
             )  # fmt: skip
             adversary.update(predicted.detach(), real, pairs.condition, noise.rows)
             pull = adversary.pull(predicted, pairs.condition, noise.rows)
-            return self.distance(predicted, pairs.target) + self.config.adversarial_weight * pull
+            return pairs.weight * self.distance(predicted, pairs.target) + self.config.adversarial_weight * pull
 
         self._train("adversarial", steps, self.config.stage2_learning_rate, checkpoint, rows)
 
@@ -202,9 +212,8 @@ class MLCMTrainer:
                 pairs = self._segment_pairs(noise, milestones(now, self.schedule.last))
             else:
                 pairs = self._segment_pairs(noise, self.milestones)
-            loss = self.distance(predictions(self._student.x0, self.schedule, pairs), pairs.target)
             noise.t = pairs.t
-            return loss
+            return consistency_loss(self._student.x0, self.schedule, pairs, self.distance)
 
         return rows
 
@@ -225,6 +234,7 @@ class MLCMTrainer:
             self._denoiser.x0, self.trajectory, noise.condition, noise.rows,
             start=noise.rows.normal(*self.shape), milestones=self.milestones,
             student_steps=self.config.student_steps, substeps=self.config.teacher_substeps,
+            weighting=self.config.milestone_weighting,
         )  # fmt: skip
 
     # The loop.
