@@ -8,7 +8,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+from mlcm import milestones
 from mlcm.cli import app
+from mlcm.runs import scheduler_settings
 from typer.testing import CliRunner
 
 README = Path(__file__).parents[1] / "README.md"
@@ -92,6 +94,32 @@ def test_resume_goes_on_and_other_stages_follow(tiny, trained):
     )
     assert done.exit_code == 0, done.output
     assert json.loads((trained / "trainer.json").read_text())["progress"]["adversarial"] == 2
+
+
+def test_the_reward_stage_runs_offline(tiny, trained):
+    done = run(
+        "train", "--config", tiny / "config.yaml", "--stage", "reward", "--resume", "--device", "cpu", "--output", tiny / "run"
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert json.loads((trained / "trainer.json").read_text())["progress"]["reward"] == 4
+
+
+def test_own_milestones_of_training_are_sampled_with(tiny):
+    """Even log-SNR milestones live in the checkpoint, and sampling takes them from there."""
+    (tiny / "snr.yaml").write_text((tiny / "config.yaml").read_text() + "milestone_spacing: snr\nsegments: 4\n")
+    done = run("train", "--config", tiny / "snr.yaml", "--stage", "1", "--device", "cpu", "--output", tiny / "snr")
+    assert done.exit_code == 0, done.output
+    checkpoint = tiny / "snr" / "checkpoint"
+    settings = scheduler_settings(checkpoint, None, sampler="ddim")
+    assert settings["segments"] == 4 and settings["sampler"] == "ddim"
+    assert (
+        settings["milestones"] == json.loads((checkpoint / "trainer.json").read_text())["milestones"] != milestones(4)
+    )
+    common = ["sample", tiny, "a", "--lora", checkpoint, "--device", "cpu", "--output", tiny / "never"]
+    refused([*common, "--segments", 8], "segments is 8, but")
+    refused([*common, "--steps", 5], "MLCM with M=4 supports 1-4 milestone steps; got 5")
+    assert run(*common[:-1], tiny / "four", "--steps", 4).exit_code == 0
+    assert scheduler_settings(None, None) == {"segments": 8}
 
 
 def test_trajectories_then_training_on_them(tiny):

@@ -107,6 +107,19 @@ def test_stage_two_lands_on_the_next_milestone():
     torch.testing.assert_close(pairs.target[last], ends)
 
 
+def test_velocity_weights_make_the_loss_one_of_v():
+    noise, condition, start = draws(300)
+    make = dict(start=start, milestones=milestones(8))
+    pairs = milestone_pairs(MIXTURE.x0, TRAJECTORY, condition, noise, **make)
+    reached, sigma = predictions(MIXTURE.x0, SCHEDULE, pairs), SCHEDULE.sigma(pairs.t, pairs.z)
+    v, wanted = ((SCHEDULE.alpha(pairs.t, pairs.z) * pairs.z - x) / sigma for x in (reached, pairs.target))
+    torch.testing.assert_close(consistency_loss(MIXTURE.x0, SCHEDULE, pairs, l2), l2(v, wanted), rtol=1e-3, atol=1e-5)
+    noise, condition, start = draws(300)
+    uniform = milestone_pairs(MIXTURE.x0, TRAJECTORY, condition, noise, **make, weighting="uniform")
+    assert torch.equal(uniform.target, pairs.target)
+    assert torch.equal(consistency_loss(MIXTURE.x0, SCHEDULE, uniform, l2), l2(reached, pairs.target))
+
+
 def test_predictions_carry_gradient_and_targets_none():
     noise, condition, start = draws(8)
     weight = torch.ones(1, requires_grad=True)
@@ -130,6 +143,9 @@ def test_pairs_join():
              milestone_pairs(MIXTURE.x0, TRAJECTORY, condition, noise, **make)]  # fmt: skip
     both = Pairs.cat(parts)
     assert both.z.shape == (12, 2) and torch.equal(both.end[6:], parts[1].end)
+    some = both.rows(torch.tensor([7, 2]))
+    assert torch.equal(some.weight, both.weight[[7, 2]]) and torch.equal(some.target, both.target[[7, 2]])
+    assert torch.equal(some.condition.given["class_labels"], condition.given["class_labels"][[1, 2]])
     joined = consistency_loss(MIXTURE.x0, SCHEDULE, both, l2)
     torch.testing.assert_close(joined, torch.cat([consistency_loss(MIXTURE.x0, SCHEDULE, p, l2) for p in parts]))
 

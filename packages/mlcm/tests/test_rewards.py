@@ -1,33 +1,23 @@
+import json
 import logging
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mlcm import RewardLoss, make_reward
 from mlcm.latent_lpips import LatentLPIPS, train_step
-from mlcm.rewards import AestheticReward, ClipReward, MissingRewardError, Mixture, clip_pixels
-from mlcm.testbed import byte_tokenizer
+from mlcm.rewards import AestheticReward, ClipReward, HPSv2Reward, MissingRewardError, Mixture, clip_pixels
+from mlcm.testbed import tiny_clip
 from safetensors.torch import save_file
 from tenfold_shared.errors import UserError
-from transformers import CLIPConfig, CLIPModel
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> str:
     """A tiny CLIP model in the layout of the real ones."""
-    torch.manual_seed(0)
-    text = {"vocab_size": 514, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}  # fmt: skip
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 16,
-        "patch_size": 8,
-    }
     folder = tmp_path_factory.mktemp("clip")
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tiny_clip(folder)
     return str(folder)
 
 
@@ -99,9 +89,58 @@ def test_aesthetic_head(clip, tmp_path):
         make_reward("aesthetic")
 
 
-def test_missing_libraries_name_the_extra(monkeypatch):
-    import sys
+def test_hpsv2_is_open_clips_cosine(tmp_path, monkeypatch):
+    """A checkpoint in the layout of the released one, for a small architecture."""
+    import open_clip
 
+    settings = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+                "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}}  # fmt: skip
+    (tmp_path / "tiny-hps.json").write_text(json.dumps(settings))
+    open_clip.add_model_config(tmp_path / "tiny-hps.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model("tiny-hps").eval()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "hps.pt")
+    reward = HPSv2Reward(str(tmp_path / "hps.pt"), architecture="tiny-hps")
+    images, prompts = torch.rand(2, 3, 48, 48, requires_grad=True), ["a cat", "two dogs"]
+    with torch.no_grad():
+        answers = model(clip_pixels(images, 32), open_clip.get_tokenizer("tiny-hps")(prompts))
+    torch.testing.assert_close(reward(images, prompts), 100 * (answers[0] * answers[1]).sum(1), rtol=1e-4, atol=1e-4)
+    reward(images, prompts).sum().backward()
+    assert float(images.grad.abs().sum()) > 0
+    (tmp_path / "bad.pt").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="no checkpoint of HPS v2"):
+        HPSv2Reward(str(tmp_path / "bad.pt"), architecture="tiny-hps")
+    with pytest.raises(UserError, match=r"file '\./no\.pt' does not exist"):
+        make_reward("hpsv2", model="./no.pt")
+    with pytest.raises(UserError, match="neither a file here nor reachable"):
+        make_reward("hpsv2")
+
+
+def test_image_reward_goes_through_its_library(monkeypatch):
+    """The library is not installed: a stand-in with its interface (tokenizer, score_gard) sees what is passed."""
+    seen = {}
+
+    class Tokens:
+        input_ids, attention_mask = torch.zeros(2, 35), torch.ones(2, 35)
+
+        def to(self, device):
+            return self
+
+    def score_gard(ids, mask, images):
+        seen.update(ids=ids.shape, images=images.shape)
+        return images.mean((1, 2, 3))[:, None]
+
+    blip = SimpleNamespace(tokenizer=lambda prompts, **more: Tokens())
+    library = SimpleNamespace(load=lambda name, device: SimpleNamespace(blip=blip, score_gard=score_gard))
+    monkeypatch.setitem(sys.modules, "ImageReward", library)
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    score = make_reward("image-reward")(images, ["a", "b"])
+    assert score.shape == (2,) and seen == {"ids": (2, 35), "images": (2, 3, 224, 224)}
+    score.sum().backward()
+    assert float(images.grad.abs().sum()) > 0
+
+
+def test_missing_libraries_say_what_to_install(monkeypatch):
     for name, module in (("hpsv2", "open_clip"), ("image-reward", "ImageReward")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ImportError, match=rf"needs the library {module}.*mlcm\[rewards\]"):

@@ -1,5 +1,6 @@
 """The trainer on tiny Stable Diffusion and SDXL pipelines."""
 
+import contextlib
 import copy
 import os
 import signal
@@ -12,21 +13,24 @@ import torch
 from mlcm import (
     ClassCondition,
     MLCMConfig,
+    MLCMScheduler,
     MLCMTrainer,
     NoCondition,
     NoiseSchedule,
     PromptCondition,
     TrainingDivergedError,
 )
+from mlcm.cli import app
 from mlcm.conditioners import read_prompts
 from mlcm.mixture import GaussianMixture
 from mlcm.network import Denoiser, adapters_off, add_lora, trainable
 from mlcm.runs import image_decoder
-from mlcm.testbed import PlaneStudent, plane_denoiser, side_by_side
+from mlcm.testbed import PlaneStudent, plane_denoiser, side_by_side, tiny_clip, tiny_pipeline
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from tenfold_shared.errors import UserError
 from tenfold_shared.hub import load_pipeline
+from typer.testing import CliRunner
 
 TEXTS = ["a red ball", "a blue cube", "a green cat"]
 
@@ -123,6 +127,17 @@ def test_second_stages_learn_on_the_mixture(stage2):
     assert len(made.losses) == 6 and all(loss > 0 for loss in made.losses)
 
 
+def test_milestones_are_weighted_as_the_config_says():
+    losses = {}
+    for weighting in ("velocity", "uniform"):
+        made = plane(stage2="sparse", milestone_weighting=weighting)
+        made.train_stage2(1)
+        losses[weighting] = made.losses[0]
+    # sigma is below 1, so a difference in v is the larger number, at most by the last milestone's 1 / sigma^2.
+    most = float(made.schedule.sigmas[124]) ** -2
+    assert losses["uniform"] < losses["velocity"] <= most * losses["uniform"]
+
+
 def test_training_lowers_the_loss_of_a_linear_student():
     """One Gaussian: the exact flow is linear and x̂ = a(t) z can represent it; its jumps are learnt."""
     schedule = NoiseSchedule.stable_diffusion()
@@ -168,11 +183,13 @@ def test_the_same_seed_gives_the_same_training_and_another_does_not():
     assert runs[0].losses == runs[1].losses != runs[2].losses
 
 
-def test_accumulation_is_a_larger_batch():
-    """Not the same rows, but the same number of gradient steps and finite losses; the mean is over all micro-batches."""
-    made = plane(gradient_accumulation=3)
-    made.train_stage1(2)
-    assert made.progress["stage1"] == 2 and len(made.losses) == 2
+def test_accumulation_averages_its_micro_batches():
+    """A step of three micro-batches has the mean of the losses that three steps see when nothing moves between them."""
+    made, still = plane(gradient_accumulation=3), plane(learning_rate=1e-12, weight_decay=0.0)
+    made.train_stage1(1)
+    still.train_stage1(3)
+    assert len(made.losses) == 1 and made.progress["stage1"] == 1
+    assert made.losses[0] == pytest.approx(sum(still.losses) / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "reward"])
@@ -220,76 +237,89 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-c", KILLED, *arguments]
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    from mlcm.testbed import tiny_pipeline
+SETTINGS = (
+    "model: .\nprompts: prompts.txt\nlora_rank: 2\nbatch_size: 2\nguidance_scale: 2.0\nlora_targets: [to_q, to_k]\n"
+    "stage1_steps: 6\nstage2_steps: 6\nreward_steps: 4\nreward_model: clip\nreward_margin: 1.0\n"
+    "checkpoint_every: 1\nlearning_rate: 0.001\nstage2_learning_rate: 0.001\n"
+)
+STAGES = ("--stage", "1", "--stage", "2", "--stage", "reward", "--device", "cpu", "--output")
 
-    folder = tmp_path_factory.mktemp("small")
-    tiny_pipeline().save_pretrained(folder)
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def small(request, tmp_path_factory):
+    """A pipeline, its config and a reward model, all on disk."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny_pipeline(xl=request.param == "sdxl").save_pretrained(folder)
+    tiny_clip(folder / "clip")
     (folder / "prompts.txt").write_text("\n".join(TEXTS))
-    (folder / "config.yaml").write_text(
-        "model: .\nprompts: prompts.txt\nlora_rank: 2\nbatch_size: 2\nguidance_scale: 2.0\nlora_targets: [to_q, to_k]\n"
-        "stage1_steps: 12\nstage2_steps: 2\ncheckpoint_every: 1\nlearning_rate: 0.001\n"
-    )
+    (folder / "config.yaml").write_text(SETTINGS)
     return folder
 
 
+def final_weights(*runs):
+    return [load_file(run / "checkpoint" / "trainable.safetensors") for run in runs]
+
+
 def test_killed_and_resumed_ends_with_the_same_weights(small, tmp_path):
-    train = ["train", "--config", str(small / "config.yaml"), "--stage", "1", "--device", "cpu", "--output"]
-    whole = subprocess.Popen(
-        command(*train, str(tmp_path / "whole")), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    process = subprocess.Popen(
-        command(*train, str(tmp_path / "cut")), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    train = ["train", "--config", str(small / "config.yaml"), *STAGES]
+    quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command(*train, str(tmp_path / "cut")), **quiet)
     state = tmp_path / "cut" / "checkpoint" / "trainer.json"
+    # In the middle of another stage for each kind.
+    reached = '"stage2": 2' if (small / "text_encoder_2").exists() else '"stage1": 2'
     deadline = time.monotonic() + 400
-    while not state.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if reached in state.read_text():
+                break
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert state.exists() and '"stage1": 12' not in state.read_text()
-    resumed = subprocess.run(command(*train, str(tmp_path / "cut"), "--resume"), capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    assert whole.wait(400) == 0
-    a, b = (load_file(tmp_path / name / "checkpoint" / "trainable.safetensors") for name in ("whole", "cut"))
+    assert '"reward": 0' in state.read_text()
+    for more in ([str(tmp_path / "cut"), "--resume"], [str(tmp_path / "whole")]):
+        done = CliRunner().invoke(app, [*train, *more])
+        assert done.exit_code == 0, done.output
+    a, b = final_weights(tmp_path / "whole", tmp_path / "cut")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert '"reward": 4' in state.read_text()
 
 
 def test_two_gloo_processes_are_one(small, tmp_path):
-    base = (small / "config.yaml").read_text().replace("stage1_steps: 12", "stage1_steps: 2")
-    (small / "one.yaml").write_text(base.replace("batch_size: 2", "batch_size: 4"))
-    (small / "two.yaml").write_text(base)
-    both = ["--stage", "1", "--stage", "2", "--device", "cpu", "--output"]
-    one = subprocess.run(
-        command("train", "--config", str(small / "one.yaml"), *both, str(tmp_path / "one")),
-        capture_output=True,
-        text=True,
-    )
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "mlcm",
-        "train",
-    ]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    (small / "one.yaml").write_text(SETTINGS.replace("batch_size: 2", "batch_size: 4").replace("steps: 6", "steps: 2"))
+    (small / "two.yaml").write_text(SETTINGS.replace("steps: 6", "steps: 2"))
+    one = CliRunner().invoke(app, ["train", "--config", str(small / "one.yaml"), *STAGES, str(tmp_path / "one")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mlcm"]
     two = subprocess.run(
-        [*launch, "--config", str(small / "two.yaml"), *both, str(tmp_path / "two")],
+        [*launch, "train", "--config", str(small / "two.yaml"), *STAGES, str(tmp_path / "two")],
         capture_output=True,
         text=True,
-        env=settings,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert one.returncode == 0, one.stderr[-2000:]
+    assert one.exit_code == 0, one.output
     assert two.returncode == 0, two.stderr[-2000:]
-    a, b = (load_file(tmp_path / name / "checkpoint" / "trainable.safetensors") for name in ("one", "two"))
-    start = max(float(v.abs().max()) for v in a.values())
+    a, b = final_weights(tmp_path / "one", tmp_path / "two")
+    moved = max(float(v.abs().max()) for k, v in a.items() if "lora_B" in k)
     # Adam divides by the gradient's size, so a rounding difference is blown up where the gradient is nearly nothing.
-    assert start > 0 and all(torch.allclose(a[k], b[k], rtol=0, atol=2e-5) for k in a)
+    assert moved > 1e-3 and all(torch.allclose(a[k], b[k], rtol=0, atol=2e-5) for k in a)
+
+
+def test_two_kinds_of_pipeline_train_by_the_command(small, tmp_path):
+    """Stage 1, stage 2 and the reward; the LoRA loads and changes the picture."""
+    settings = small / "quick.yaml"
+    settings.write_text(SETTINGS.replace("steps: 6", "steps: 1").replace("steps: 4", "steps: 1"))
+    answer = CliRunner().invoke(app, ["train", "--config", str(settings), *STAGES, str(tmp_path)])
+    assert answer.exit_code == 0, answer.output
+    pipe = load_pipeline(small)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = MLCMScheduler.from_config(pipe.scheduler.config)
+
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a ball", num_inference_steps=2, guidance_scale=0, generator=generator, output_type="latent").images
+
+    before = draw()
+    pipe.load_lora_weights(str(tmp_path / "checkpoint"))
+    assert not torch.equal(draw(), before)
 
 
 def test_bank_takes_the_place_of_the_loop(small):
@@ -308,6 +338,16 @@ def test_bank_takes_the_place_of_the_loop(small):
     )
     made.train_stage1(1)
     assert made.progress["stage1"] == 1
+
+    def refused(text: str, texts: list[str] = TEXTS, **more) -> None:
+        with pytest.raises(UserError, match=text):
+            MLCMTrainer(
+                pipe.unet, config(**more), PromptCondition(pipe, texts), bank=bank,
+                schedule=NoiseSchedule.from_scheduler(pipe.scheduler),
+            )  # fmt: skip
+
+    refused("milestones are .*999, 874.*training's .*999, 749", segments=4)
+    refused("names prompt", texts=TEXTS[: int(bank.prompts.max())])
 
 
 def test_gradient_checkpointing_changes_nothing(small):

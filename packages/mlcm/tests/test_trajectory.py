@@ -125,6 +125,19 @@ def test_the_teacher_is_the_posterior_mean():
     )
 
 
+def test_the_mixture_is_the_one_described():
+    """16 modes, every fourth of a class: a class has one radius, and its modes lie a quarter turn apart."""
+    assert len(MIXTURE.means) == 16 and MIXTURE.classes == 4 and float(MIXTURE.class_weights.sum()) == pytest.approx(1)
+    for label, radius in enumerate((1.4, 0.77, 1.4, 0.77)):
+        own = MIXTURE.means[MIXTURE.labels == label]
+        torch.testing.assert_close(own.norm(dim=1), torch.full((4,), radius))
+        torch.testing.assert_close(own.sum(0), torch.zeros(2), rtol=0, atol=1e-6)
+    x, labels = MIXTURE.sample(5000, torch.Generator().manual_seed(0))
+    assert MIXTURE.far(x) < 0.01 and MIXTURE.far(x + 0.4) > 0.5
+    shares = torch.bincount(labels, minlength=4) / 5000
+    torch.testing.assert_close(shares, MIXTURE.class_weights, rtol=0, atol=0.03)
+
+
 def bank() -> TrajectoryBank:
     z, condition = draw(10)
     trajectory = TeacherTrajectory(MIXTURE, SCHEDULE, guidance_scale=2.0)

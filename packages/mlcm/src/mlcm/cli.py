@@ -35,18 +35,19 @@ def demo(
 def tiny(
     output: Output, xl: Annotated[bool, typer.Option(help="SDXL in place of Stable Diffusion.")] = False, seed: Seed = 0
 ) -> None:
-    """Save a tiny random pipeline, a prompt file and a config: for trying every other command offline."""
-    from mlcm.testbed import tiny_pipeline
+    """Save a tiny random pipeline, a CLIP model, a prompt file and a config: for trying every other command offline."""
+    from mlcm.testbed import tiny_clip, tiny_pipeline
 
     tiny_pipeline(xl=xl, seed=seed).save_pretrained(output)
+    tiny_clip(output / "clip")
     prompts = [f"a {color} {thing}" for color in ("red", "blue", "green") for thing in ("ball", "cube", "cat")]
     (output / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     settings = (
-        "model: .\nprompts: prompts.txt\nguidance_scale: 3.0\nlora_rank: 4\nbatch_size: 2\nreward_margin: 1.0\n"
+        "model: .\nprompts: prompts.txt\nguidance_scale: 3.0\nlora_rank: 4\nbatch_size: 2\nreward_model: clip\nreward_margin: 1.0\n"
         "stage1_steps: 4\nstage2_steps: 4\nreward_steps: 4\nadversarial_steps: 2\ncheckpoint_every: 2\n"
     )
     (output / "config.yaml").write_text(settings, encoding="utf-8")
-    typer.echo(f"pipeline, prompts.txt and config.yaml in {output}", err=True)
+    typer.echo(f"pipeline, clip, prompts.txt and config.yaml in {output}", err=True)
 
 
 @app.command(epilog="Example: mlcm tiny --output tiny && mlcm train --config tiny/config.yaml --stage 1 --output run")
@@ -97,7 +98,7 @@ def sample(
     lora: LoraPath = None,
     sampler: Annotated[str, typer.Option(help="renoise, ddim or gamma.")] = "renoise",
     gamma: Annotated[float, typer.Option(help="Noise of the gamma sampler, 0 to 1.")] = 0.3,
-    segments: Annotated[int, typer.Option(help="Segments of training.")] = 8,
+    segments: Annotated[int | None, typer.Option(help="Segments of training; the checkpoint's own, else 8.")] = None,
     guidance_scale: Annotated[float, typer.Option(help="0 or 1: guidance is distilled into the student.")] = 0.0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -121,7 +122,7 @@ def evaluate(
     prompts: Prompts,
     lora: LoraPath = None,
     steps: Annotated[list[int] | None, typer.Option(help="Numbers of steps; default 1 to the segments.")] = None,
-    segments: Annotated[int, typer.Option(help="Segments of training.")] = 8,
+    segments: Annotated[int | None, typer.Option(help="Segments of training; the checkpoint's own, else 8.")] = None,
     sampler: Annotated[str, typer.Option(help="renoise, ddim or gamma.")] = "renoise",
     guidance_scale: Annotated[float, typer.Option(help="Of the teacher.")] = 8.0,
     teacher_steps: Annotated[int, typer.Option(help="DDIM steps of the teacher.", min=1)] = 25,

@@ -21,6 +21,9 @@ class MLCMConfig(BaseModel):
     )
     teacher_substeps: int = Field(3, ge=1, description="p, guided teacher steps between milestones in stage 2")
     student_steps: int = Field(4, ge=1, description="q, student steps to the samples that stage 2 noises")
+    milestone_weighting: Literal["velocity", "uniform"] = Field(
+        "velocity", description="of stage 2's loss over milestones; uniform is the paper's"
+    )
     solver: Literal["ddim", "dpm++"] = "ddim"
     milestone_spacing: Literal["uniform", "snr"] = "uniform"
     loss: Literal["l2", "huber", "latent_lpips"] = "l2"
@@ -92,6 +95,7 @@ def read_config(path: str | Path, **overrides: Any) -> TrainConfig:
     config = TrainConfig(**{**raw, **overrides})
     here = {name: path.parent / value for name in ("prompts", "trajectories", "latent_lpips")
             if (value := getattr(config, name)) and not value.is_absolute()}  # fmt: skip
-    if (path.parent / config.model).is_dir():
-        here["model"] = str(path.parent / config.model)
+    for name in ("model", "reward_model"):
+        if (value := getattr(config, name)) and (path.parent / value).exists():
+            here[name] = str(path.parent / value)
     return config.model_copy(update=here)

@@ -32,7 +32,7 @@ from mlcm.trajectory import TeacherTrajectory, TrajectoryBank
 
 DATA = Path(str(files("mlcm") / "data"))
 WEIGHTS, STUDENT = "digits.safetensors", "digits_student.safetensors"
-STUDENT_STEPS, RANK = 60, 16
+STUDENT_STEPS, RANK = 300, 16
 CLASSES = 10
 GUIDANCE = 2.0
 SHAPE = (4, 4, 4)
@@ -134,7 +134,7 @@ def load_world(path: Path = DATA / WEIGHTS) -> DigitWorld:
 
 
 def train_world(
-    *, autoencoder_steps: int = 250, reader_steps: int = 150, network_steps: int = 400, batch: int = 64, seed: int = 0
+    *, autoencoder_steps: int = 500, reader_steps: int = 300, network_steps: int = 2000, batch: int = 64, seed: int = 0
 ) -> DigitWorld:
     """Train the autoencoder, the reader and the teacher."""
     torch.manual_seed(seed)

@@ -30,12 +30,20 @@ class Pairs:
     end: Tensor
     target: Tensor
     condition: Condition
+    weight: Tensor
+    """Of each row's loss, (batch,)."""
 
     @staticmethod
     def cat(parts: "Sequence[Pairs]") -> "Pairs":
         """Batches one after the other."""
-        z, t, end, target = (torch.cat([getattr(p, name) for p in parts]) for name in ("z", "t", "end", "target"))
-        return Pairs(z, t, end, target, Condition.cat([p.condition for p in parts]))
+        names = ("z", "t", "end", "target", "weight")
+        z, t, end, target, weight = (torch.cat([getattr(p, name) for p in parts]) for name in names)
+        return Pairs(z, t, end, target, Condition.cat([p.condition for p in parts]), weight)
+
+    def rows(self, index: Tensor) -> "Pairs":
+        """Some of the rows. index: long (rows,)."""
+        z, t, end, target, weight = (x[index] for x in (self.z, self.t, self.end, self.target, self.weight))
+        return Pairs(z, t, end, target, self.condition.rows(index), weight)
 
 
 def segment_times(
@@ -68,17 +76,20 @@ def segment_pairs(
     neighbour = trajectory.solve(z, t, n, condition)
     # A neighbour on the milestone is its own target: the jump from there to there changes nothing.
     target = schedule.jump(neighbour, student(neighbour, n, condition), n, end)
-    return Pairs(z, t, end, target, condition)
+    return Pairs(z, t, end, target, condition, torch.ones(len(z), device=z.device))
 
 
 @torch.no_grad()
 def milestone_pairs(
     student: Student, trajectory: TeacherTrajectory, condition: Condition, noise: RowNoise, *,
-    start: Tensor, milestones: Sequence[int], student_steps: int = 4, substeps: int = 3,
+    start: Tensor, milestones: Sequence[int], student_steps: int = 4, substeps: int = 3, weighting: str = "velocity",
 ) -> Pairs:  # fmt: skip
     """Stage 2: a student sample noised to a milestone, and the teacher's walk to the next one; both jumped to the clean latent.
 
     start: pure noise (batch, ...). student_steps: q re-noised steps at uniform times. substeps: p guided teacher steps.
+    weighting: "uniform", as the paper has the loss, or "velocity", 1 / sigma_t^2: a difference d in the clean latent is one of
+    d / sigma_t in v. Every milestone's target is built on the answer at the next one below, so the last milestone's error is
+    everyone's, and without the weight it counts least: sigma there is small.
     """
     schedule, shape = trajectory.schedule, start.shape[1:]
     tau = torch.tensor(milestones[::-1], device=start.device)
@@ -90,7 +101,8 @@ def milestone_pairs(
     # At the last milestone the teacher's state itself is the target.
     end = torch.where(n == 0, n, clean)
     target = schedule.jump(neighbour, student(neighbour, n, condition), n, end)
-    return Pairs(z, t, clean, target, condition)
+    weight = schedule.sigmas[t] ** -2 if weighting == "velocity" else torch.ones(len(t), device=t.device)
+    return Pairs(z, t, clean, target, condition, weight)
 
 
 def student_sample(
@@ -108,7 +120,7 @@ def predictions(student: Student, schedule: NoiseSchedule, pairs: Pairs) -> Tens
 
 def consistency_loss(student: Student, schedule: NoiseSchedule, pairs: Pairs, distance: Distance) -> Tensor:
     """One number per row (batch,)."""
-    return distance(predictions(student, schedule, pairs), pairs.target)
+    return pairs.weight * distance(predictions(student, schedule, pairs), pairs.target)
 
 
 def from_bank(bank: TrajectoryBank, entries: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

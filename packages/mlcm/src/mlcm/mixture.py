@@ -24,13 +24,13 @@ class GaussianMixture:
 
     @classmethod
     def rings(cls, schedule: NoiseSchedule | None = None) -> "GaussianMixture":
-        """16 modes at even angles, radii 1.4 and 0.77 in turn, std 0.07, unequal weights; a class is a quadrant of 4 modes."""
+        """16 modes at even angles, radii 1.4 and 0.77 in turn, std 0.07, unequal weights; a class is every fourth mode."""
         place = torch.arange(16)
         angle = place * torch.pi / 8
         radius = torch.where(place % 2 == 0, 1.4, 0.77)[:, None]
         weights = (0.5 * torch.randn(16, generator=torch.Generator().manual_seed(0))).softmax(0)
         means = radius * torch.stack([angle.cos(), angle.sin()], 1)
-        return cls(schedule or NoiseSchedule.stable_diffusion(), means, weights, 0.07, place // 4)
+        return cls(schedule or NoiseSchedule.stable_diffusion(), means, weights, 0.07, place % 4)
 
     @property
     def class_weights(self) -> Tensor:

@@ -1,7 +1,10 @@
 """Preference learning on the one-jump prediction: scorers, and the hinge that trains on them (arXiv 2406.05768, stage 3)."""
 
+import importlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -15,11 +18,11 @@ log = logging.getLogger(__name__)
 REWARDS = {
     "clip": "openai/clip-vit-large-patch14",
     "pickscore": "yuvalkirstain/PickScore_v1",
-    "aesthetic": "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE",
-    "hpsv2": "hpsv2",
+    "aesthetic": "",
+    "hpsv2": "xswu/HPSv2/HPS_v2.1_compressed.pt",
     "image-reward": "ImageReward-v1.0",
 }
-"""The scorers by name, and the model each loads unless told otherwise."""
+"""The scorers by name, and the model each loads unless told otherwise. The aesthetic head has no release in safetensors."""
 
 
 class RewardModel(Protocol):
@@ -160,17 +163,25 @@ class AestheticReward(nn.Module):
 
 
 class HPSv2Reward(nn.Module):
-    """100 x cosine of HPS v2, a fine-tuned open_clip ViT-H-14. checkpoint: its .pt file."""
+    """100 x cosine of HPS v2, a fine-tuned open_clip model (extra `rewards`).
 
-    def __init__(self, checkpoint: str):
+    checkpoint: its .pt file, or "owner/name/file" on the hub.
+    """
+
+    def __init__(self, checkpoint: str, *, architecture: str = "ViT-H-14"):
         super().__init__()
-        open_clip = _library("open_clip", "hpsv2")
-        self.model = open_clip.create_model("ViT-H-14").requires_grad_(False).eval()
-        self.model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
-        self.tokenizer = open_clip.get_tokenizer("ViT-H-14")
+        open_clip = _library("open_clip", "hpsv2", hint="pip install 'mlcm[rewards]'")
+        file = _checkpoint(checkpoint)
+        self.model = open_clip.create_model(architecture).requires_grad_(False).eval()
+        try:
+            self.model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
+        except (OSError, KeyError, RuntimeError, UnpicklingError, EOFError) as error:
+            raise UserError(f"{file} is no checkpoint of HPS v2 for {architecture} ({type(error).__name__})") from error
+        self.size = self.model.visual.image_size[0]
+        self.tokenizer = open_clip.get_tokenizer(architecture)
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
-        image = self.model.encode_image(clip_pixels(images, 224), normalize=True)
+        image = self.model.encode_image(clip_pixels(images, self.size), normalize=True)
         text = self.model.encode_text(self.tokenizer(prompts).to(images.device), normalize=True)
         return 100 * (image * text).sum(1)
 
@@ -179,7 +190,11 @@ class ImageRewardModel:
     """ImageReward through its own library, whose `score_gard` is differentiable."""
 
     def __init__(self, name: str, *, device: str = "cpu"):
-        self.model = _library("ImageReward", "image-reward").load(name, device=device)
+        self.model = _library(
+            "ImageReward",
+            "image-reward",
+            hint="pip install image-reward; mlcm[rewards] leaves it out, as its last release is of 2023",
+        ).load(name, device=device)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         tokens = self.model.blip.tokenizer(
@@ -219,12 +234,28 @@ def clip_pixels(images: Tensor, size: int) -> Tensor:
     return (images - mean) / std
 
 
-def _library(module: str, reward: str) -> Any:
-    import importlib
+def _checkpoint(source: str) -> Path:
+    """A file here, or owner/name/file on the hub."""
+    if Path(source).is_file():
+        return Path(source)
+    owner, _, rest = source.partition("/")
+    name, _, file = rest.partition("/")
+    if not file or owner in ("", ".", "..", "~"):
+        raise UserError(f"file '{source}' does not exist", hint="pass a checkpoint file, or owner/name/file of the hub")
+    from huggingface_hub import hf_hub_download
 
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", file))
+    except Exception as error:
+        raise UserError(
+            f"'{source}' is neither a file here nor reachable on the hub", hint="check the name and the network"
+        ) from error
+
+
+def _library(module: str, reward: str, *, hint: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingRewardError(
-            f"reward '{reward}' needs the library {module}, which is not installed", hint="pip install 'mlcm[rewards]'"
+            f"reward '{reward}' needs the library {module}, which is not installed", hint=hint
         ) from error

@@ -1,5 +1,6 @@
 """Whole jobs on a pipeline: train, store trajectories, sample, evaluate."""
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +83,7 @@ def train_pipeline(
     if "reward" in stages:
         place = str(accelerator.device)
         reward = make_reward(config.reward, model=config.reward_model, device=place)
-        held_out = make_reward(config.held_out_reward, device=place) if config.held_out_reward else None
+        held_out = scorer(config.held_out_reward, place) if config.held_out_reward else None
     pipe = load_teacher(config.model, accelerator.device)
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler, prediction_type=config.prediction_type)
     trainer = MLCMTrainer(
@@ -147,6 +148,39 @@ def compute_bank(config: TrainConfig, *, entries: int, device: str, batch: int =
     return TrajectoryBank.compute(trajectory, batches(), milestones(config.segments, schedule.last, schedule=spacing))
 
 
+def scorer(text: str, device: str) -> Any:
+    """A reward given as NAME, or as NAME=MODEL with a hub id, folder or checkpoint in place of its own."""
+    name, _, model = text.partition("=")
+    return make_reward(name, model=model or None, device=device)
+
+
+def scheduler_settings(lora: Path | None, segments: int | None, **more: Any) -> dict[str, Any]:
+    """What the scheduler needs to know: the milestones that the LoRA's checkpoint was trained with, when it says them.
+
+    Raises UserError when `segments` is another number than that of training.
+    """
+    record = lora / STATE if lora is not None and lora.is_dir() else None
+    if record is None or not record.is_file():
+        return {"segments": segments or 8, **more}
+    try:
+        times = [int(t) for t in json.loads(record.read_text(encoding="utf-8"))["milestones"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{record} does not say the milestones of training", hint="save the checkpoint again"
+        ) from error
+    if segments not in (None, len(times) - 1):
+        raise UserError(f"segments is {segments}, but {lora} was trained with {len(times) - 1}", hint="leave it out")
+    return {"segments": len(times) - 1, "milestones": times, **more}
+
+
+def check_steps(settings: dict[str, Any], counts: Sequence[int]) -> None:
+    """Refuse wrong numbers before anything is loaded."""
+    last = settings.get("milestones", [999])[0]
+    scheduler = MLCMScheduler(num_train_timesteps=last + 1, **settings)
+    for count in counts:
+        scheduler.set_timesteps(count)
+
+
 def attach_lora(pipe: Any, lora: Path) -> Lora:
     """Check a LoRA against the pipeline's UNet, then load it the way users do."""
     found = load_lora(lora)
@@ -157,11 +191,11 @@ def attach_lora(pipe: Any, lora: Path) -> Lora:
 
 def sample_images(
     model: str, prompts: Sequence[str], output: Path, *, steps: int, lora: Path | None, sampler: str, gamma: float,
-    segments: int, guidance_scale: float, seed: int, device: str,
+    segments: int | None, guidance_scale: float, seed: int, device: str,
 ) -> list[Path]:  # fmt: skip
     """Draw one image per prompt into `output`."""
-    scheduler = {"segments": segments, "sampler": sampler, "gamma": gamma}
-    MLCMScheduler(**scheduler).set_timesteps(steps)  # refuses wrong numbers before anything is loaded
+    scheduler = scheduler_settings(lora, segments, sampler=sampler, gamma=gamma)
+    check_steps(scheduler, [steps])
     pipe = load_teacher(model, pick_device(device))
     if lora is not None:
         attach_lora(pipe, lora)
@@ -183,31 +217,30 @@ def sample_images(
 
 
 def evaluate_pipeline(
-    model: str, prompts: Path, *, lora: Path | None, steps: Sequence[int] | None, segments: int, sampler: str,
+    model: str, prompts: Path, *, lora: Path | None, steps: Sequence[int] | None, segments: int | None, sampler: str,
     guidance_scale: float, teacher_steps: int, clip: str | None, rewards: Sequence[str], fid: bool, seed: int, device: str,
 ) -> Table:  # fmt: skip
     """The report card of a student; without a LoRA, of the undistilled model in few steps."""
     from diffusers import DDIMScheduler
 
-    counts = list(steps or range(1, segments + 1))
-    for count in counts:
-        MLCMScheduler(segments=segments, sampler=sampler).set_timesteps(count)
+    settings = scheduler_settings(lora, segments, sampler=sampler)
+    counts = list(steps or range(1, settings["segments"] + 1))
+    check_steps(settings, counts)
     texts, place = read_prompts(prompts), pick_device(device)
     scorers: dict[str, Any] = {}
     for name in rewards:
-        kind, _, source = name.partition("=")
-        scorers[kind] = _in_parts(make_reward(kind, model=source or None, device=str(place)), place)
+        scorers[name.partition("=")[0]] = _in_parts(scorer(name, str(place)), place)
     features: Callable[[Tensor], Tensor] = small_pixels
     if clip:
-        scorer = ClipReward(clip).to(place)
-        features, scorers = _in_parts(scorer.image_features, place), {"CLIP score": _in_parts(scorer, place), **scorers}
+        judge = ClipReward(clip).to(place)
+        features, scorers = _in_parts(judge.image_features, place), {"CLIP score": _in_parts(judge, place), **scorers}
     pipe = load_teacher(model, place)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     # Other seeds than the student's: the same noise would make distances look smaller than they are.
     reference = pipeline_images(pipe, texts, teacher_steps, guidance_scale=guidance_scale, seed=seed + 1_000_000)
     if lora is not None:
         attach_lora(pipe, lora)
-    pipe.scheduler = MLCMScheduler.from_config(pipe.scheduler.config, segments=segments, sampler=sampler)
+    pipe.scheduler = MLCMScheduler.from_config(pipe.scheduler.config, **settings)
     return report_card(
         lambda k: pipeline_images(pipe, texts, k, guidance_scale=0.0, seed=seed), reference,
         steps=counts, features=features, prompts=texts, rewards=scorers, inception=fid,

@@ -81,12 +81,14 @@ class Recipe:
 
     target: what is made consistent: "lcm", "tcd" and "pcm" on noised real points (written here, as no library packages their
     training), "segments" (stage 1), "sparse", "joint", "progressive". first: share of the iterations spent on stage 1 before.
+    weighting: of stage 2's milestones.
     """
 
     name: str
     target: str
     first: float = 0.0
     ema: float = 0.0
+    weighting: str = "velocity"
 
 
 RECIPES = {
@@ -96,8 +98,9 @@ RECIPES = {
         Recipe("TCD", "tcd", ema=0.95),
         Recipe("PCM-like", "pcm"),
         Recipe("stage 1", "segments"),
-        Recipe("sequential", "sparse", first=0.5),
-        Recipe("joint", "joint", first=0.4),
+        Recipe("sequential", "sparse", first=0.5, weighting="uniform"),
+        Recipe("joint", "joint", first=0.1),
+        Recipe("joint, uniform", "joint", first=0.1, weighting="uniform"),
         Recipe("progressive", "progressive"),
     )
 }
@@ -116,7 +119,7 @@ class Distillation:
     def __init__(
         self, mixture: GaussianMixture, recipe: Recipe, seeds: Sequence[int], *,
         iterations: int = 2500, batch: int = 256, guidance_scale: float = 1.0, segments: int = 8, skip: int = 20,
-        initial: PlaneStudent | None = None, lr: float = 5e-4
+        initial: PlaneStudent | None = None, lr: float = 1e-3
     ):  # fmt: skip
         self.mixture, self.recipe, self.iterations, self.batch, self.skip = mixture, recipe, iterations, batch, skip
         self.schedule, self.guidance_scale, self.segments = mixture.schedule, guidance_scale, segments
@@ -196,8 +199,9 @@ class Distillation:
         noise, condition = self._draws(rows)
         start = noise.normal(2)
         return milestone_pairs(
-            self.student.x0, self.trajectory, condition, noise, start=start, milestones=milestones(self.segments)
-        )
+            self.student.x0, self.trajectory, condition, noise,
+            start=start, milestones=milestones(self.segments), weighting=self.recipe.weighting,
+        )  # fmt: skip
 
     def _real_data(self, target: str) -> Tensor:
         x, condition = self._points(self.batch)
@@ -219,10 +223,7 @@ class Distillation:
 def interleave(halves: Sequence[Pairs], members: int) -> Pairs:
     """Two batches of all members as one in which every member's rows lie together."""
     joined = Pairs.cat(halves)
-    order = torch.arange(len(joined.t)).view(len(halves), members, -1).transpose(0, 1).flatten()
-    return Pairs(
-        joined.z[order], joined.t[order], joined.end[order], joined.target[order], joined.condition.rows(order)
-    )
+    return joined.rows(torch.arange(len(joined.t)).view(len(halves), members, -1).transpose(0, 1).flatten())
 
 
 def clip_members(student: PlaneStudent, most: float = 1.0) -> None:
@@ -427,6 +428,18 @@ def tiny_pipeline(*, xl: bool = False, seed: int = 0) -> Any:
     return pipe
 
 
+def tiny_clip(folder: str | Path) -> None:
+    """Save a random CLIP model with its tokenizer, for rewards."""
+    from transformers import CLIPConfig, CLIPModel
+
+    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**layers, "vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=text, vision_config={**layers, "image_size": 16, "patch_size": 8}, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
 def byte_tokenizer() -> Any:
     """A CLIP tokenizer of single bytes."""
     from transformers import CLIPTokenizer
@@ -446,7 +459,7 @@ def mode_reward(mixture: GaussianMixture, labels: Tensor, *, norm: float = 2.0) 
 
 def tune_reward(
     mixture: GaussianMixture, students: PlaneStudent, member: int, reference: Reference, *,
-    seed: int, iterations: int = 300, batch: int = 256, anchor: float = 12.0,
+    seed: int, iterations: int = 300, batch: int = 256, anchor: float = 2.3, lr: float = 5e-4,
 ) -> dict[str, float]:  # fmt: skip
     """The preference stage on one member, without guidance: nearness to one mode, anchored by the sparse distillation loss.
 
@@ -454,7 +467,8 @@ def tune_reward(
     """
     student = only(students, member).requires_grad_(True)
     trajectory = TeacherTrajectory(mixture, mixture.schedule, 8, 1.0)
-    optimizer = torch.optim.Adam(student.parameters(), lr=2e-4)
+    optimizer = torch.optim.Adam(student.parameters(), lr=lr)
+    plan = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     generator = seeded(seed, 4)
 
     def measure() -> tuple[float, float, float]:
@@ -474,11 +488,13 @@ def tune_reward(
         predicted = predictions(student.x0, mixture.schedule, pairs)
         score = mode_reward(mixture, labels)
         preference = RewardLoss(lambda points, prompts, score=score: score(points), margin=0.0)
-        loss = preference(predicted, [""] * batch) + anchor * l2(predicted, pairs.target)
+        pull = preference(predicted, [""] * batch) * pairs.weight**-2
+        loss = pull + anchor * pairs.weight * l2(predicted, pairs.target)
         optimizer.zero_grad()
         loss.mean().backward()
         clip_members(student)
         optimizer.step()
+        plan.step()
     after = measure()
     return {
         "gain": (after[0] - before[0]) / -before[0],

@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from mlcm.adversary import Adversary
 from mlcm.conditioners import Conditioner
 from mlcm.config import MLCMConfig
-from mlcm.distill import Distance, Pairs, from_bank, milestone_pairs, predictions, segment_pairs, student_sample
+from mlcm.distill import (
+    Distance,
+    Pairs,
+    consistency_loss,
+    from_bank,
+    milestone_pairs,
+    predictions,
+    segment_pairs,
+    student_sample,
+)
 from mlcm.losses import make_distance
 from mlcm.network import SDXL_TARGETS, Condition, Denoiser, Teacher, adapters_off, add_lora, trainable
 from mlcm.randomness import RowNoise, initialised_from, seeded
@@ -103,8 +112,22 @@ class MLCMTrainer:
         self.optimizer: Any = None
         self._optimizer_state: dict[str, Any] | None = None
         self.adversary: Adversary | None = None
-        if bank is not None and bank.states.shape[2:] != self.shape:
+        if bank is not None:
+            self._check_bank(bank)
+
+    def _check_bank(self, bank: TrajectoryBank) -> None:
+        if bank.states.shape[2:] != self.shape:
             raise UserError(f"the bank's latents are {tuple(bank.states.shape[2:])}, the student's {self.shape}")
+        if list(bank.milestones) != self.milestones:
+            raise UserError(
+                f"the bank's milestones are {list(bank.milestones)}, training's {self.milestones}",
+                hint="compute it with the same segments and schedule",
+            )
+        if int(bank.prompts.max()) >= len(self.conditioner):
+            raise UserError(
+                f"the bank names prompt {int(bank.prompts.max())}, but there are {len(self.conditioner)}",
+                hint="train with the prompts file that it was computed for",
+            )
 
     def _frozen(self, z: Tensor, t: Tensor, condition: Condition, scale: float | Tensor) -> Tensor:
         with adapters_off(self.network):
@@ -143,8 +166,9 @@ class MLCMTrainer:
         def rows(noise: "Draws", step: int) -> Tensor:
             pairs = self._milestone_pairs(noise)
             predicted = predictions(self._student.x0, self.schedule, pairs)
-            anchor = self.config.reward_anchor * self.distance(predicted, pairs.target)
-            return loss(predicted, noise.prompts) + anchor
+            anchor = self.config.reward_anchor * pairs.weight * self.distance(predicted, pairs.target)
+            # Content is chosen at high noise; with velocity weights the clean end, where only detail is left, is pulled least.
+            return loss(predicted, noise.prompts) * pairs.weight**-2 + anchor
 
         self._train("reward", steps, self.config.stage2_learning_rate, checkpoint, rows)
 
@@ -163,7 +187,7 @@ class MLCMTrainer:
             )  # fmt: skip
             adversary.update(predicted.detach(), real, pairs.condition, noise.rows)
             pull = adversary.pull(predicted, pairs.condition, noise.rows)
-            return self.distance(predicted, pairs.target) + self.config.adversarial_weight * pull
+            return pairs.weight * self.distance(predicted, pairs.target) + self.config.adversarial_weight * pull
 
         self._train("adversarial", steps, self.config.stage2_learning_rate, checkpoint, rows)
 
@@ -188,9 +212,8 @@ class MLCMTrainer:
                 pairs = self._segment_pairs(noise, milestones(now, self.schedule.last))
             else:
                 pairs = self._segment_pairs(noise, self.milestones)
-            loss = self.distance(predictions(self._student.x0, self.schedule, pairs), pairs.target)
             noise.t = pairs.t
-            return loss
+            return consistency_loss(self._student.x0, self.schedule, pairs, self.distance)
 
         return rows
 
@@ -211,6 +234,7 @@ class MLCMTrainer:
             self._denoiser.x0, self.trajectory, noise.condition, noise.rows,
             start=noise.rows.normal(*self.shape), milestones=self.milestones,
             student_steps=self.config.student_steps, substeps=self.config.teacher_substeps,
+            weighting=self.config.milestone_weighting,
         )  # fmt: skip
 
     # The loop.
@@ -304,7 +328,10 @@ class MLCMTrainer:
                     export_lora(self.network, partial / LORA_FILE)
                 if self.adversary is not None:
                     torch.save(self.adversary.state_dict(), partial / "adversary.pt")
-                record = {"config": self.config.model_dump(mode="json"), "progress": self.progress, "stage": self.stage}
+                record = {
+                    "config": self.config.model_dump(mode="json"), "milestones": self.milestones,
+                    "progress": self.progress, "stage": self.stage,
+                }  # fmt: skip
                 (partial / STATE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         self.accelerator.wait_for_everyone()
 
