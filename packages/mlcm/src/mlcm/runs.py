@@ -36,7 +36,7 @@ class GuidanceWarning(UserWarning):
 def pick_device(name: str) -> torch.device:
     """ "auto" is the accelerator when there is one. Raises UserError for a device that there is not."""
     if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
