@@ -8,9 +8,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from mlcm import milestones
 from mlcm.cli import app
-from mlcm.runs import scheduler_settings
+from mlcm.runs import pick_device, scheduler_settings
 from typer.testing import CliRunner
 
 README = Path(__file__).parents[1] / "README.md"
@@ -120,6 +121,11 @@ def test_own_milestones_of_training_are_sampled_with(tiny):
     refused([*common, "--steps", 5], "MLCM with M=4 supports 1-4 milestone steps; got 5")
     assert run(*common[:-1], tiny / "four", "--steps", 4).exit_code == 0
     assert scheduler_settings(None, None) == {"segments": 8}
+
+
+def test_the_device_picked_by_itself_is_there():
+    """`current_accelerator` names what torch was built for, driver or none."""
+    assert torch.ones(1, device=pick_device("auto")).item() == 1
 
 
 def test_trajectories_then_training_on_them(tiny):
