@@ -61,9 +61,6 @@ def test_the_recipe_runs(tmp_path: Path):
         testbed.load("draft", tmp_path)
 
 
-@pytest.mark.skipif(
-    not (testbed.ASSETS / "target.safetensors").exists(), reason="the trained weights are not in this checkout"
-)
 def test_the_weights_that_come_with_the_package():
     """Right on most unseen questions, and the trained one confirms several tokens a pass with the same weights' greedy output."""
     pairs = testbed.questions(60, split="test", seed=77)
