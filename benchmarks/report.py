@@ -13,12 +13,14 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from markdown_it import MarkdownIt
 from tenfold_shared.claims import Claim, folder_digest, read_claims
 from tenfold_shared.cli import cell
 from tenfold_shared.hub import replace_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- claims:start -->", "<!-- claims:end -->"
+REAL_MODELS = "On real models"
 VERDICT = {True: "passed", False: "**failed**", None: "not run here"}
 
 
@@ -31,6 +33,8 @@ class Results:
     claims: list[Claim]
     digest: str
     """Of the sources as they are now."""
+    real_models: str = ""
+    """Markdown: the commands and settings that reproduce the paper's own figures on its own models."""
 
     def stale(self, claim: Claim) -> bool:
         """The sources have changed since the claim was measured."""
@@ -53,9 +57,16 @@ def collect(root: Path = ROOT) -> list[Results]:
                 tomllib.loads(file.read_text(encoding="utf-8"))["project"]["description"],
                 read_claims(results) if results.exists() else [],
                 folder_digest(file.parent / "src" / name.replace("-", "_")),
+                section(file.parent / "README.md", REAL_MODELS),
             )
         )
     return found
+
+
+def section(readme: Path, heading: str) -> str:
+    """The text under a heading of a README; empty when there is none."""
+    _, _, rest = f"\n{readme.read_text(encoding='utf-8')}".partition(f"\n## {heading}\n")
+    return rest.split("\n## ")[0].strip()
 
 
 def interval(claim: Claim) -> str:
@@ -146,6 +157,7 @@ ul.peers { margin: 0; padding: 0; list-style: none; } ul.peers b { font-weight: 
 .passed { color: #2c6e31; } .failed { color: #b3261e; font-weight: 600; } .none { color: #777; } .stale { color: #9a6a00; }
 figure { display: inline-block; margin: 1rem 1rem 0 0; max-width: 100%; vertical-align: top; } img { max-width: 100%; }
 figcaption, .note, details { color: #555; font-size: 13px; } code { background: #f3f3f1; padding: 0 .25em; }
+h3 { font-weight: 600; margin-top: 2rem; } pre { background: #f3f3f1; padding: .7rem; overflow-x: auto; } pre code { padding: 0; }
 nav a { margin-right: 1rem; }
 </style>
 """
@@ -197,6 +209,10 @@ def page(all_results: list[Results], root: Path = ROOT) -> str:
                 parts.append(
                     f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{name}</figcaption></figure>'
                 )
+        if r.real_models:
+            parts.append(
+                f"<h3>{REAL_MODELS}</h3>{MarkdownIt('commonmark', {'html': False}).enable('table').render(r.real_models)}"
+            )
         environments = {
             json.dumps({k: v for k, v in c.environment.items() if k != "seconds"}, sort_keys=True) for c in r.claims
         }

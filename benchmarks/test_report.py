@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,10 @@ spec = importlib.util.spec_from_file_location("report", HERE / "report.py")
 report = importlib.util.module_from_spec(spec)
 sys.modules["report"] = report
 spec.loader.exec_module(report)
+
+
+REAL = "## On real models\n\n```\ntoy run org/<model> --steps 4\n```\n\n## Scale\n"
+HEADINGS = ["Command line", "Measured", "On real models", "Scale", "Limits", "Citation"]
 
 
 def claim(id: str, **changes) -> Claim:
@@ -30,7 +35,7 @@ def tree(tmp_path: Path) -> Path:
     (source / "__init__.py").write_text("__version__ = '0.1.0'\n")
     (tmp_path / "packages/toy/pyproject.toml").write_text("[project]\nname = 'toy'\ndescription = 'a <toy>'\n")
     for readme in (tmp_path / "README.md", tmp_path / "packages/toy/README.md"):
-        readme.write_text(f"above\n{report.START}\nold\n{report.END}\nbelow\n")
+        readme.write_text(f"above\n{report.START}\nold\n{report.END}\n{REAL}below\n")
     fresh = {"source": folder_digest(source)}
     claims = [
         claim("one", environment=fresh, headline=True),
@@ -89,3 +94,19 @@ def test_page_is_self_contained_and_escapes(tree: Path) -> None:
     assert "data:image/png;base64," in text
     assert "<script>" not in text and "a &lt;toy&gt;" in text
     assert 'src="http' not in text and 'href="http' not in text
+
+
+def test_page_has_the_commands_for_the_real_models_and_no_more_of_the_readme(tree: Path) -> None:
+    text = report.page(report.collect(tree), tree)
+    assert "<h3>On real models</h3><pre><code>toy run org/&lt;model&gt; --steps 4\n</code></pre>" in text
+    assert "Scale" not in text and "below" not in text
+    assert report.section(tree / "packages/toy/README.md", "No such heading") == ""
+
+
+@pytest.mark.parametrize("name", [r.name for r in report.collect()])
+def test_readmes_have_the_same_sections_and_real_models_a_command(name: str) -> None:
+    lines = (report.ROOT / "packages" / name / "README.md").read_text(encoding="utf-8").splitlines()
+    found = [line[3:] for line in lines if line.startswith("## ")]
+    assert [heading for heading in found if heading in HEADINGS] == HEADINGS
+    real = report.section(report.ROOT / "packages" / name / "README.md", report.REAL_MODELS)
+    assert re.search(rf"(^|\s|`){name} [a-z]", real)
