@@ -35,6 +35,7 @@ from dpo3d.probe import ProbeSet
 from dpo3d.trl import FlexDPOConfig, FlexDPOTrainer
 from tenfold_shared.claims import Claim, run_benchmark, source_digest, spread
 from tenfold_shared.figures import OURS, PEERS, save, style
+from tenfold_shared.help_time import help_time
 from tenfold_shared.hub import replace_atomically
 
 PAPER = "2406.07327"
@@ -654,6 +655,7 @@ if __name__ == "__main__":
             digits_reward,
             digits_remedies,
             gpu_rows,
+            help_time("dpo3d", PAPER),
         ],
         libraries=["trl", "transformers", "peft", "accelerate", "datasets"],
     )

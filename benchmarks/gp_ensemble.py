@@ -32,6 +32,7 @@ from gp_ensemble.testbed import load_world
 from gp_ensemble.tuning import SharedSolve
 from tenfold_shared import figures
 from tenfold_shared.claims import Claim, run_benchmark, source_digest, spread
+from tenfold_shared.help_time import help_time
 from tenfold_shared.hub import replace_atomically
 from tenfold_shared.timing import compare
 from threadpoolctl import threadpool_limits
@@ -531,6 +532,7 @@ MEASUREMENTS: list[Callable[[list[int]], list[Claim]]] = [
     shared_factor,
     scale,
     at_full_size,
+    help_time("gp-ensemble", PAPER),
 ]
 
 if __name__ == "__main__":

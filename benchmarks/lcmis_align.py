@@ -34,6 +34,7 @@ from lcmis_align.testbed import METHODS, SEARCHES, STEPS, Outcome
 from lcmis_align.worlds import exact, trained
 from tenfold_shared import figures
 from tenfold_shared.claims import Claim, run_benchmark, spread
+from tenfold_shared.help_time import help_time
 
 PAPER = "2408.00230"
 FIGURES = Path(__file__).resolve().parent / "results" / "lcmis-align"
@@ -576,6 +577,6 @@ def on_gpu(seeds: list[int]) -> list[Claim]:
 
 if __name__ == "__main__":
     run_benchmark(
-        "lcmis-align", [warehouse, exactly, variations, switching, comparing, exciting, on_gpu],
+        "lcmis-align", [warehouse, exactly, variations, switching, comparing, exciting, on_gpu, help_time("lcmis-align", PAPER)],
         libraries=["diffusers", "transformers"],
     )  # fmt: skip

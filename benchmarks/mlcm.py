@@ -25,6 +25,7 @@ from mlcm.testbed import (
 )
 from tenfold_shared.claims import Claim, run_benchmark, spread
 from tenfold_shared.figures import OURS, PEERS, save, style
+from tenfold_shared.help_time import help_time
 from tenfold_shared.hub import replace_atomically
 
 PAPER = "2406.05768"
@@ -338,6 +339,6 @@ def full_size(seeds: list[int]) -> list[Claim]:
 if __name__ == "__main__":
     run_benchmark(
         "mlcm",
-        [unguided, second_stages, preference, guided, digits, full_size],
+        [unguided, second_stages, preference, guided, digits, full_size, help_time("mlcm", PAPER)],
         libraries=["diffusers", "peft", "accelerate", "transformers"],
     )

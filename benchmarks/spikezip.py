@@ -32,6 +32,7 @@ from spikingjelly.activation_based.neuron import STBIFNode  # noqa: E402
 from tenfold_shared.claims import Claim, folder_digest, run_benchmark, spread  # noqa: E402
 from tenfold_shared.figures import OURS, PEERS, style  # noqa: E402
 from tenfold_shared.figures import save as save_figure  # noqa: E402
+from tenfold_shared.help_time import help_time  # noqa: E402
 from tenfold_shared.timing import compare as time_both  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -706,5 +707,6 @@ def neuron_gpu(seeds: list[int]) -> list[Claim]:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="The epoch parameter")
-    sys.exit(run_benchmark("spikezip", [vision_accuracy, energy, exactness, speed, sentiment, families, neuron_gpu],
+    sys.exit(run_benchmark("spikezip", [vision_accuracy, energy, exactness, speed, sentiment, families, neuron_gpu,
+                                        help_time("spikezip", PAPER)],
                            libraries=["spikingjelly", "timm", "torchvision", "transformers"]) is None)  # fmt: skip
