@@ -14,7 +14,7 @@ export UV_PYTHON_DOWNLOADS = never
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench report lint format lock lock-check dist clean vllm
+.PHONY: help setup demo test bench report lint format lock lock-check dist dist-check clean vllm
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## /{printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ lock-check: | $(filter .uv/%,$(UV)) ## fail when requirements.lock is not what t
 
 dist: | $(filter .uv/%,$(UV)) ## build every wheel and sdist into dist/
 	@$(UV) build -q --all-packages --clear -o dist && ls dist
+
+dist-check: setup dist ## prove dist/: contents, sdists that build again, each wheel alone in a fresh environment with its demo
+	@$(BIN)/python .ci/wheels.py --uv $(UV) $(NAMES)
 
 clean: ## remove what the other tasks made
 	@rm -rf .venv .uv .isolated .vllm dist out uv.lock .mypy_cache .ruff_cache .import_linter_cache benchmarks/results/.partial

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -129,3 +130,37 @@ class TestRelease:
         (tree / "packages/good/CHANGELOG.md").write_text("# Changelog\n")
         with pytest.raises(ValueError, match="CHANGELOG"):
             release.folder_of("good-v0.2.0")
+
+
+@pytest.fixture
+def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = script("wheels")
+    monkeypatch.setattr(module, "DIST", tmp_path)
+    return module
+
+
+class TestWheels:
+    def test_tests_and_caches_are_unwanted_and_modules_with_such_names_are_not(self, wheels: ModuleType) -> None:
+        wrong = [
+            "toy/tests/a.py",
+            "tests_vllm/driver.py",
+            "toy/__pycache__/a.txt",
+            "toy/a.pyc",
+            "toy/test_a.py",
+            "conftest.py",
+        ]
+        right = ["toy/testbed.py", "toy/latest.py", "toy/tester/a.py", "toy-0.1.0.dist-info/METADATA"]
+        assert wheels.unwanted(right + wrong) == wrong
+
+    def test_a_wheel_with_tests_and_a_missing_wheel_are_refused(self, wheels: ModuleType, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit, match="holds 0 files"):
+            wheels.check_contents("uv", "toy")
+        (tmp_path / "toy-0.1.0.tar.gz").touch()
+        with zipfile.ZipFile(tmp_path / "toy-0.1.0-py3-none-any.whl", "w") as archive:
+            archive.writestr("toy/tests/test_a.py", "")
+        with pytest.raises(SystemExit, match=r"holds toy/tests/test_a\.py"):
+            wheels.check_contents("uv", "toy")
+
+    def test_what_fails_is_named_with_its_message(self, wheels: ModuleType) -> None:
+        with pytest.raises(SystemExit, match="ended with 3: broken"):
+            wheels.run(sys.executable, "-c", "import sys; print('broken', file=sys.stderr); sys.exit(3)")
