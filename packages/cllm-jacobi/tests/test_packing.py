@@ -151,6 +151,8 @@ def test_labels_prompt_mask_and_length():
     truth = DataCollatorForConsistency(use_labels=True)([row])
     labels = truth["shift_labels"][truth["shift_labels"] != IGNORE].tolist()
     assert labels == [7, 8, 9] and len(truth["input_ids"]) == 2
+    cut = DataCollatorForConsistency(use_labels=True, max_length=3 + 2)([row])
+    assert cut["shift_labels"][cut["shift_labels"] != IGNORE].tolist() == [7, 8]
     everything = DataCollatorForConsistency(mask_prompt=False)([row])
     assert int((everything["shift_labels"] != IGNORE).sum()) == 3 + 12 - 1
     short = DataCollatorForConsistency(max_length=3 + 2 * N)([row])
@@ -165,6 +167,21 @@ def test_draws_depend_on_seed_epoch_and_row_only():
     assert DataCollatorForConsistency(seed=3, epoch=1)(data)["input_ids"].tolist() != whole.tolist()
     drawn = {tuple(DataCollatorForConsistency(seed=s)([data[0]])["input_ids"][0].tolist()) for s in range(40)}
     assert len(drawn) > 10
+
+
+def test_augmentation_leaves_the_last_state_before_the_fixed_point():
+    """As published: every state except the last two; the earlier ones get right tokens behind the first wrong one."""
+    target, first, second = [9, 8, 7, 6, 5], [2, 2, 2, 2, 2], [9, 8, 2, 2, 2]
+    row = {"prompt_ids": [3, 4], "answer_ids": target, "labels": [], "n": N}
+
+    def drawn(states: list[list[int]]) -> set[tuple[int, ...]]:
+        collators = (DataCollatorForConsistency(augment=True, seed=s) for s in range(60))
+        return {tuple(c([{**row, "trajectories": [states]}])["input_ids"][0, -N:].tolist()) for c in collators}
+
+    assert drawn([first, target]) == {tuple(first)}
+    found = drawn([first, second, target])
+    assert tuple(second) in found and tuple(first) not in found and len(found) > 4
+    assert all(state[0] == 2 or state == tuple(second) for state in found)
 
 
 def test_augmentation_and_corruption():

@@ -189,6 +189,7 @@ def test_bad_settings_and_data(tmp_path):
         ({"block_size": 1}, "no guesses"),
         ({"loss": "both"}, "loss is 'both'"),
         ({"block_size": 16}, "made with n = 8, asked for is 16"),
+        ({"use_gt_labels": True}, "row 0 has no labels"),
     ):
         with pytest.raises(UserError, match=cause):
             train(tmp_path, **settings)
