@@ -47,7 +47,15 @@ def test_the_judge_goes_by_rows():
     # Where the reference finds nothing, only a query that finds nothing either is right.
     nothing = "SELECT city , age FROM staff WHERE age > 99"
     assert judge.run(nothing) == [] and judge.same(nothing.replace("99", "98 AND age > 99"), nothing)
-    for no_query in ("", " ", ";", "BEGIN", "COMMIT", "PRAGMA query_only = OFF", "SELECT city , age FROM staff WHERE >"):
+    for no_query in (
+        "",
+        " ",
+        ";",
+        "BEGIN",
+        "COMMIT",
+        "PRAGMA query_only = OFF",
+        "SELECT city , age FROM staff WHERE >",
+    ):
         assert not judge.same(no_query, nothing), no_query
     listed = "SELECT city FROM staff WHERE age > 90 ORDER BY salary DESC LIMIT 5"
     assert not judge.same(listed.replace("DESC", "ASC"), listed)
