@@ -33,7 +33,7 @@ SCIENCE = ("testbed", "trajectory", "cleaning", "packing", "losses", "trainer", 
 DECODING = ("jacobi", "cache", "draft", "sampling")
 TEST = 2000
 TIMED = 25
-SHORT: dict[str, Any] = {"steps": 400, "batch": 8}
+SHORT: dict[str, Any] = {"steps": 350, "batch": 8, "learning_rate": 4e-3}
 SUBSET, ASKED = 1500, 200
 """Of an ablation: its training, prompts, test questions."""
 
@@ -125,7 +125,7 @@ def _train(seed: int) -> None:
             data = load_trajectories(folder / "trajectories.parquet")
             testbed.store(testbed.make_consistent(target, data, seed=seed), "consistent", folder)
         if not (folder / "assistant.safetensors").exists():
-            testbed.store(testbed.train_target(seed=seed, layers=1, steps=700), "assistant", folder)
+            testbed.store(testbed.train_target(seed=seed, layers=1, steps=500), "assistant", folder)
 
 
 def _world(seed: int) -> dict[str, Any]:
