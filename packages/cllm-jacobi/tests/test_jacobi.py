@@ -263,6 +263,19 @@ def test_facts_of_the_fixed_point(tiny, batch):
         assert known.tokens_per_iteration.item() == speed
 
 
+def test_trajectories_end_where_the_sequence_ends(tiny, batch):
+    """Guesses behind an EOS inside a block belong to no state."""
+    model, inputs = tiny("llama"), single(batch)
+    greedy = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, 9:].tolist()
+    eos = next(t for i, t in enumerate(greedy) if i > 9 and t not in greedy[:i] and i % 8)
+    out = same(
+        model, inputs, settings={"block_size": 8, "window": "block", "return_trajectory": True}, eos_token_id=[eos]
+    )
+    last = out.trajectories[0][-1]
+    assert len(last[0]) == 8 and last[-1][-1] == eos and len(last[-1]) < 8
+    assert last[-1] == out.sequences[0, -len(last[-1]) :].tolist()
+
+
 def test_max_new_tokens_cuts_inside_a_run(tiny, batch):
     model, inputs = tiny("llama"), single(batch)
     greedy = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, 9:].tolist()
