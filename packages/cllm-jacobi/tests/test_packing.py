@@ -167,6 +167,10 @@ def test_draws_depend_on_seed_epoch_and_row_only():
     assert DataCollatorForConsistency(seed=3, epoch=1)(data)["input_ids"].tolist() != whole.tolist()
     drawn = {tuple(DataCollatorForConsistency(seed=s)([data[0]])["input_ids"][0].tolist()) for s in range(40)}
     assert len(drawn) > 10
+    # Rows of one shape do not all draw the same state.
+    states = [[2] * k + [9] * (N - k) for k in range(N)] + [[2] * N]
+    alike = [{**data[0], "prompt_ids": [i, 7], "answer_ids": [2] * N, "trajectories": [states]} for i in range(20)]
+    assert len({tuple(r) for r in DataCollatorForConsistency()(alike)["input_ids"][:, -N:].tolist()}) > 2
 
 
 def test_augmentation_leaves_the_last_state_before_the_fixed_point():
@@ -195,6 +199,19 @@ def test_augmentation_and_corruption():
         DataCollatorForConsistency(loss="both")
     with pytest.raises(UserError, match="states is 'noise'"):
         DataCollatorForConsistency(states="noise")
+
+
+def test_label_smoothing(tiny):
+    """A share of the weight goes to all tokens alike."""
+    batch = DataCollatorForConsistency()(rows())
+    logits = forward(tiny("llama"), batch, packed=True).detach()
+    kept = batch["shift_labels"] != IGNORE
+    log_p = logits[kept].log_softmax(-1)
+    right = log_p.gather(1, batch["shift_labels"][kept][:, None])[:, 0]
+    for share in (0.0, 0.1):
+        expected = -((1 - share) * right + share * log_p.mean(-1)).sum()
+        terms = consistency_terms(logits, batch, label_smoothing=share)
+        assert float(terms.autoregressive) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
