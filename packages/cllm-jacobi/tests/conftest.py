@@ -1,13 +1,26 @@
+import multiprocessing
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Makes processes that have imported everything already: one server imports, the others are forked from it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cllm_jacobi.training", "cllm_jacobi.cli", "cllm_jacobi.testbed", "accelerate"])
+    return context
 
 
 VOCABULARY = 61

@@ -1,8 +1,6 @@
 """Every sub-command, as a user types it."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 from cllm_jacobi import cli, testbed
+from in_process import command
 from typer.testing import CliRunner
 
 CPU = ["--device", "cpu"]
@@ -77,8 +76,12 @@ def collected(world) -> Path:
 def test_help_and_version_do_not_import_torch():
     code = "import sys; from cllm_jacobi.cli import app; assert 'torch' not in sys.modules; import cllm_jacobi; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+    module = subprocess.run(
+        [sys.executable, "-m", "cllm_jacobi", "--version"], check=True, capture_output=True, text=True
+    )
+    assert module.stdout == "cllm-jacobi 0.1.0\n"
     assert "cllm-jacobi 0.1.0" in run("--version").stdout
-    for command in (
+    for name in (
         "demo",
         "generate",
         "collect",
@@ -91,7 +94,7 @@ def test_help_and_version_do_not_import_torch():
         "export",
         "serve-args",
     ):
-        assert "Example: cllm-jacobi" in run(command, "--help").stdout
+        assert "Example: cllm-jacobi" in run(name, "--help").stdout
 
 
 def test_the_public_names():
@@ -291,29 +294,27 @@ def test_export_and_serve_args(tmp_path):
     assert "needs at least one drafted token" in error("serve-args", "some/model", "-n", "1")
 
 
-def test_a_killed_collection_resumes_to_the_same_file(world, tmp_path):
+def test_a_killed_collection_resumes_to_the_same_file(world, tmp_path, processes):
     base = [
-        sys.executable, "-m", "cllm_jacobi", "collect", "-m", world["model"], "--prompts", "testbed", "--limit", "60", "-n", "8",
-        "--max-new-tokens", "16", "--batch-size", "2", "--device", "cpu",
+        "collect", "-m", world["model"], "--prompts", "testbed", "--limit", "40", "-n", "8", "--max-new-tokens", "16",
+        "--batch-size", "2", *CPU,
     ]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen(
-        [*base, "--output", str(tmp_path / "b")], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    words = [*base, "--output", str(tmp_path / "b")]
+    killed = processes.Process(target=command, args=(words,))
+    killed.start()
     until = time.monotonic() + 400
     while len(list((tmp_path / "b").glob("shards/part-*"))) < 2 and time.monotonic() < until:
         time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    killed.join()
     assert not (tmp_path / "b/trajectories.parquet").exists()
-    words = [*base[3:], "--output", str(tmp_path / "b")]
     assert "holds batches of an earlier run" in error(*words)
     run(*words, "--resume")
-    run(*base[3:], "--output", str(tmp_path / "a"))
+    run(*base, "--output", str(tmp_path / "a"))
     from cllm_jacobi import load_trajectories
 
     a, b = (load_trajectories(tmp_path / name / "trajectories.parquet").to_list() for name in ("a", "b"))
-    assert a == b and len(a) == 60
+    assert a == b and len(a) == 40
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,31 @@ def test_in_float64(tiny, batch, name):
     same(model, batch, settings={"block_size": 16})
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_in_bfloat16_processors_see_float32_logits(tiny, batch, name):
+    """As in generate. One token a pass, so that the passes have generate's shapes and no tie can break differently."""
+    model = copy.deepcopy(tiny(name)).bfloat16()
+    for penalty in (1.03, 1.1, 1.3):
+        for row in range(4):
+            same(model, single(batch, row), settings={"block_size": 1}, repetition_penalty=penalty)
+
+
+def test_guesses_are_drawn_from_the_rows_own_prompt(tiny, batch, monkeypatch):
+    """Not from its padding."""
+    from cllm_jacobi import jacobi
+
+    sources = []
+
+    class Watched(jacobi.Drafter):
+        def __init__(self, init, prompt, **settings):
+            sources.append(list(prompt))
+            super().__init__(init, prompt, **settings)
+
+    monkeypatch.setattr(jacobi, "Drafter", Watched)
+    jacobi_generate(tiny("llama"), **batch, max_new_tokens=2)
+    assert sources == [single(batch, row)["input_ids"][0].tolist() for row in range(4)]
+
+
 @pytest.mark.parametrize("init", ["prompt", "random", "repeat", "pad", "ngram", lambda tokens, count: [5] * count])
 @pytest.mark.parametrize("window", ["rolling", "block"])
 def test_the_guess_does_not_matter(tiny, batch, init, window):
@@ -261,6 +286,19 @@ def test_facts_of_the_fixed_point(tiny, batch):
         )  # fmt: skip
         assert known.accepted_per_pass[0] == accepted
         assert known.tokens_per_iteration.item() == speed
+
+
+def test_trajectories_end_where_the_sequence_ends(tiny, batch):
+    """Guesses behind an EOS inside a block belong to no state."""
+    model, inputs = tiny("llama"), single(batch)
+    greedy = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, 9:].tolist()
+    eos = next(t for i, t in enumerate(greedy) if i > 9 and t not in greedy[:i] and i % 8)
+    out = same(
+        model, inputs, settings={"block_size": 8, "window": "block", "return_trajectory": True}, eos_token_id=[eos]
+    )
+    last = out.trajectories[0][-1]
+    assert len(last[0]) == 8 and last[-1][-1] == eos and len(last[-1]) < 8
+    assert last[-1] == out.sequences[0, -len(last[-1]) :].tolist()
 
 
 def test_max_new_tokens_cuts_inside_a_run(tiny, batch):

@@ -151,6 +151,8 @@ def test_labels_prompt_mask_and_length():
     truth = DataCollatorForConsistency(use_labels=True)([row])
     labels = truth["shift_labels"][truth["shift_labels"] != IGNORE].tolist()
     assert labels == [7, 8, 9] and len(truth["input_ids"]) == 2
+    cut = DataCollatorForConsistency(use_labels=True, max_length=3 + 2)([row])
+    assert cut["shift_labels"][cut["shift_labels"] != IGNORE].tolist() == [7, 8]
     everything = DataCollatorForConsistency(mask_prompt=False)([row])
     assert int((everything["shift_labels"] != IGNORE).sum()) == 3 + 12 - 1
     short = DataCollatorForConsistency(max_length=3 + 2 * N)([row])
@@ -165,6 +167,25 @@ def test_draws_depend_on_seed_epoch_and_row_only():
     assert DataCollatorForConsistency(seed=3, epoch=1)(data)["input_ids"].tolist() != whole.tolist()
     drawn = {tuple(DataCollatorForConsistency(seed=s)([data[0]])["input_ids"][0].tolist()) for s in range(40)}
     assert len(drawn) > 10
+    # Rows of one shape do not all draw the same state.
+    states = [[2] * k + [9] * (N - k) for k in range(N)] + [[2] * N]
+    alike = [{**data[0], "prompt_ids": [i, 7], "answer_ids": [2] * N, "trajectories": [states]} for i in range(20)]
+    assert len({tuple(r) for r in DataCollatorForConsistency()(alike)["input_ids"][:, -N:].tolist()}) > 2
+
+
+def test_augmentation_leaves_the_last_state_before_the_fixed_point():
+    """As published: every state except the last two; the earlier ones get right tokens behind the first wrong one."""
+    target, first, second = [9, 8, 7, 6, 5], [2, 2, 2, 2, 2], [9, 8, 2, 2, 2]
+    row = {"prompt_ids": [3, 4], "answer_ids": target, "labels": [], "n": N}
+
+    def drawn(states: list[list[int]]) -> set[tuple[int, ...]]:
+        collators = (DataCollatorForConsistency(augment=True, seed=s) for s in range(60))
+        return {tuple(c([{**row, "trajectories": [states]}])["input_ids"][0, -N:].tolist()) for c in collators}
+
+    assert drawn([first, target]) == {tuple(first)}
+    found = drawn([first, second, target])
+    assert tuple(second) in found and tuple(first) not in found and len(found) > 4
+    assert all(state[0] == 2 or state == tuple(second) for state in found)
 
 
 def test_augmentation_and_corruption():
@@ -178,6 +199,19 @@ def test_augmentation_and_corruption():
         DataCollatorForConsistency(loss="both")
     with pytest.raises(UserError, match="states is 'noise'"):
         DataCollatorForConsistency(states="noise")
+
+
+def test_label_smoothing(tiny):
+    """A share of the weight goes to all tokens alike."""
+    batch = DataCollatorForConsistency()(rows())
+    logits = forward(tiny("llama"), batch, packed=True).detach()
+    kept = batch["shift_labels"] != IGNORE
+    log_p = logits[kept].log_softmax(-1)
+    right = log_p.gather(1, batch["shift_labels"][kept][:, None])[:, 0]
+    for share in (0.0, 0.1):
+        expected = -((1 - share) * right + share * log_p.mean(-1)).sum()
+        terms = consistency_terms(logits, batch, label_smoothing=share)
+        assert float(terms.autoregressive) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])

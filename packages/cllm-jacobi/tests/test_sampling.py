@@ -63,6 +63,14 @@ def test_keeping_a_draft_without_the_test_is_not(table):
     assert p_value(table, keep_without_test) < 1e-6
 
 
+@pytest.mark.parametrize("guess", range(5))
+def test_a_fixed_guess_does_not_move_the_distribution(table, guess):
+    """Whichever it is; over guesses drawn at random a wrong residual would average out."""
+    generator = torch.Generator().manual_seed(guess)
+    drawn = [sampling.speculate([guess], [None], table[[0, guess]], generator)[0][0] for _ in range(3000)]
+    assert chisquare(torch.tensor(drawn).bincount(minlength=5).numpy(), (table[0] * 3000).numpy()).pvalue > 0.001
+
+
 def test_equal_distributions_always_accept(table):
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
@@ -134,6 +142,18 @@ def test_gumbel_is_the_autoregressive_loop_with_the_same_noise(tiny, batch, name
             assert ours[0, 9:].tolist() == expected, (seed, settings)
         distinct.add(tuple(expected))
     assert len(distinct) > 10
+
+
+def test_rows_of_a_batch_have_noise_of_their_own(tiny, batch):
+    """Equal prompts are sampled independently; row 0 of a batch is the prompt alone."""
+    ids = batch["input_ids"][:1].repeat(4, 1)
+    wanted = {"do_sample": True, "top_k": 0, "max_new_tokens": 8, "block_size": 4, "seed": 2}
+    for sampled in ("gumbel", "speculative"):
+        rows = jacobi_generate(tiny("llama"), ids, attention_mask=torch.ones_like(ids), sampling=sampled, **wanted)
+        assert len({tuple(row) for row in rows.tolist()}) == 4
+    alone = jacobi_generate(tiny("llama"), ids[:1], attention_mask=torch.ones_like(ids[:1]), **wanted)
+    first = jacobi_generate(tiny("llama"), ids, attention_mask=torch.ones_like(ids), **wanted)[0]
+    assert first[: alone.shape[1]].tolist() == alone[0].tolist()
 
 
 def test_gumbel_noise_samples_the_distribution(table):

@@ -29,12 +29,34 @@ def test_every_reference_runs_and_fits():
         assert len(query.split()) + 1 <= testbed.MAX_NEW_TOKENS
 
 
+def test_every_test_question_finds_something():
+    judge = testbed.Database()
+    for _, query in testbed.questions(300, split="test", seed=3):
+        assert judge.finds(query)
+    count = "SELECT COUNT ( * ) FROM staff WHERE age "
+    assert judge.finds(count + "> 40") and not judge.finds(count + "> 99")
+    assert not judge.finds("SELECT MAX ( age ) FROM staff WHERE age > 99") and not judge.finds("SELECT")
+
+
 def test_the_judge_goes_by_rows():
     judge = testbed.Database()
     query = "SELECT COUNT ( * ) FROM staff WHERE age > 40 AND city = oslo"
     assert judge.same("SELECT COUNT ( * ) FROM staff WHERE city = oslo AND age > 40", query)
     assert not judge.same("SELECT COUNT ( * ) FROM staff WHERE age > 41", query)
     assert not judge.same("SELECT COUNT (", query) and not judge.same("", query)
+    # Where the reference finds nothing, only a query that finds nothing either is right.
+    nothing = "SELECT city , age FROM staff WHERE age > 99"
+    assert judge.run(nothing) == [] and judge.same(nothing.replace("99", "98 AND age > 99"), nothing)
+    for no_query in (
+        "",
+        " ",
+        ";",
+        "BEGIN",
+        "COMMIT",
+        "PRAGMA query_only = OFF",
+        "SELECT city , age FROM staff WHERE >",
+    ):
+        assert not judge.same(no_query, nothing), no_query
     listed = "SELECT city FROM staff WHERE age > 90 ORDER BY salary DESC LIMIT 5"
     assert not judge.same(listed.replace("DESC", "ASC"), listed)
     # What a model writes cannot change the tables.

@@ -1,11 +1,7 @@
 """Consistency training under Trainer: one process or two, cut short or not, the same weights."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from cllm_jacobi import ConsistencyConfig, ConsistencyTrainer, testbed
 from cllm_jacobi.losses import consistency_terms, forward
 from cllm_jacobi.trajectory import FEATURES, write_official
 from datasets import Dataset
+from in_process import command, half
 from safetensors.torch import load_file
 from tenfold_shared.errors import UserError
 
@@ -189,6 +186,7 @@ def test_bad_settings_and_data(tmp_path):
         ({"block_size": 1}, "no guesses"),
         ({"loss": "both"}, "loss is 'both'"),
         ({"block_size": 16}, "made with n = 8, asked for is 16"),
+        ({"use_gt_labels": True}, "row 0 has no labels"),
     ):
         with pytest.raises(UserError, match=cause):
             train(tmp_path, **settings)
@@ -229,35 +227,25 @@ def test_nan_stops_and_keeps_the_checkpoint(tmp_path):
 
 SGD = {"max_steps": 4, "optim": "sgd", "learning_rate": 2e-3, "max_grad_norm": 0.0}
 """Without clipping, which would hide a wrong scale of the gradients."""
-SCRIPT = textwrap.dedent(
-    """
-    import sys
-    sys.path.insert(0, {tests!r})
-    import torch
-    torch.set_num_threads(1)
-    import test_trainer
-    from pathlib import Path
-    trainer = test_trainer.train(Path({output!r}), per_device_train_batch_size=4, ddp_backend="gloo", **test_trainer.SGD)
-    assert trainer.args.world_size == 2
-    if trainer.is_world_process_zero():
-        trainer.save_model({output!r} + "/model")
-    """
-)
 
 
-def test_two_gloo_processes_are_one(tmp_path):
+def test_two_gloo_processes_are_one(tmp_path, processes):
     """Half the batch each, four steps, the weights of one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [processes.Process(target=half, args=(rank, port, str(tmp_path / "2"))) for rank in (0, 1)]
+    for process in both:
+        process.start()
     one = train(tmp_path / "1", per_device_train_batch_size=8, **SGD).model.state_dict()
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), output=str(tmp_path / "2")))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for process in both:
+        process.join(300)
+    assert [process.exitcode for process in both] == [0, 0]
     two = load_file(tmp_path / "2/model/model.safetensors")
     assert max(float((one[k] - two[k]).abs().max()) for k in two) < 1e-6
 
 
-def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
+def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, processes):
     """kill -9 in the middle, --resume, and the weights of the run that nobody disturbed."""
     from cllm_jacobi import cli, save_trajectories
     from typer.testing import CliRunner
@@ -265,18 +253,16 @@ def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
     save_trajectories(made_up(), tmp_path / "data.parquet")
     testbed.save(testbed.untrained(layers=1), tmp_path / "target")
     words = [
-        "train", "--model", str(tmp_path / "target"), "--data", str(tmp_path / "data.parquet"), "--max-steps", "30",
+        "train", "--model", str(tmp_path / "target"), "--data", str(tmp_path / "data.parquet"), "--max-steps", "20",
         "--batch-size", "4", "--save-steps", "2", "--learning-rate", "0.002", "--device", "cpu", "--json",
     ]  # fmt: skip
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "cllm_jacobi", *words, "--output", str(tmp_path / "b")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    killed = processes.Process(target=command, args=([*words, "--output", str(tmp_path / "b")],))
+    killed.start()
     until = time.monotonic() + 400
     while not (tmp_path / "b/checkpoint-4/trainer_state.json").exists() and time.monotonic() < until:
         time.sleep(0.02)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    killed.join()
     assert not (tmp_path / "b/model").exists()
     assert "earlier run" in CliRunner().invoke(cli.app, [*words, "--output", str(tmp_path / "b")]).stderr
     resumed = CliRunner().invoke(cli.app, [*words, "--output", str(tmp_path / "b"), "--resume"])

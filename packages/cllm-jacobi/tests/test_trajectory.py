@@ -92,6 +92,35 @@ def test_what_is_no_fixed_point_is_counted(tiny, found, monkeypatch):
         assert states.count(states[-1]) == 1
 
 
+def test_a_row_that_arrived_stays(tiny, monkeypatch):
+    """A row that is there waits for its batch; what a block pass then says about it, as in a near-tie, is counted only."""
+    model = tiny("llama")
+    prompts = [[7, 8, 20, 21], [40, 41, 42, 43]]
+    answers = [model.generate(torch.tensor([p]), max_new_tokens=N, do_sample=False)[0, 4:].tolist() for p in prompts]
+    guesses = iter([answers[0], [60] * N, answers[0], [60] * N])
+    forward = type(model).forward
+
+    def flipped(self: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any) -> Any:
+        out = forward(self, input_ids, position_ids=position_ids, **kwargs)
+        # A tie at the first row's third token, which block passes break the other way than one-token passes.
+        at = position_ids[0] == 4 - 1 + 2
+        if input_ids.shape[1] > 1 and at.any():
+            out.logits[0, at, (answers[0][2] + 1) % 61] = 1e4
+        return out
+
+    monkeypatch.setattr(type(model), "forward", flipped)
+    first, second = gather(model, prompts, max_new_tokens=N, batch_size=2, init=lambda tokens, n: next(guesses))
+    assert first["answer_ids"] == answers[0] and first["trajectories"] == [[answers[0]]]
+    assert first["disagreements"] == 1 and second["disagreements"] == 0
+    assert len(second["trajectories"][0]) > 2 and second["trajectories"][0][-1] == answers[1]
+    # Nothing to iterate: the last pass alone sees it.
+    (row,) = gather(model, prompts[:1], max_new_tokens=N, init=lambda tokens, n: next(guesses))
+    assert row["trajectories"] == [[answers[0]]] and row["disagreements"] == 1
+    # Not there yet: behind a right prefix the answer's token stands, and the tokens behind it build on that.
+    (row,) = gather(model, prompts[:1], max_new_tokens=N, init=lambda tokens, n: next(guesses))
+    assert row["trajectories"][0][-2][:4] == answers[0][:4] and row["disagreements"] == 1
+
+
 def test_a_stopped_collection_goes_on(tiny, found, tmp_path):
     model = tiny("llama")
 

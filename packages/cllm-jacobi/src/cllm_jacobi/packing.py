@@ -119,7 +119,9 @@ class DataCollatorForConsistency:
         clean = _Sequence(prompt + answer)
         home = len(built)
         built.append(clean)
-        truth = list(row.get("labels") or []) if self.use_labels else answer
+        truth = answer
+        if self.use_labels:
+            truth = list(row["labels"])[: None if self.max_length is None else max(self.max_length - len(prompt), 0)]
         if self.use_labels and truth != answer:
             clean_labels = _Sequence(prompt + truth)
             clean_labels.learn(0 if not self.mask_prompt else len(prompt) - 1)
@@ -155,7 +157,8 @@ class DataCollatorForConsistency:
             return []
         else:
             j = rng.randrange(len(states) - 1)
-            noisy = augment_state(states[j], target, rng) if self.augment else states[j]
+            # The last state before y* stays as it is, as published.
+            noisy = augment_state(states[j], target, rng) if self.augment and j < len(states) - 2 else states[j]
         teacher = states[j + 1] if self.loss == "local" else target
         first = first_wrong(noisy, teacher)
         if first is None:

@@ -97,7 +97,7 @@ class ConsistencyTrainer(Trainer):
     model: a causal LM, started at the target's weights, or a PEFT model. args: `ConsistencyConfig`. train_dataset:
     trajectories as `collect_trajectories` gives them. processing_class: the tokenizer. peft_config: wraps the model in LoRA.
 
-    Raises UserError for data of another block size or tokenizer, for packed=yes with a model that cannot, and when the loss
+    Raises UserError for data of another block size or tokenizer, or without the labels it shall learn, for packed=yes with a model that cannot, and when the loss
     becomes NaN (the last checkpoint stays).
     """
 
@@ -114,6 +114,9 @@ class ConsistencyTrainer(Trainer):
     ) -> None:
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         check_trajectories(train_dataset, block_size=args.block_size, vocab_size=vocabulary)
+        bare = (i for i, row in enumerate(train_dataset) if not row.get("labels"))
+        if args.use_gt_labels and (row := next(bare, None)) is not None:
+            raise UserError(f"use_gt_labels is set and row {row} has no labels", hint="collect with an answer for every prompt")  # fmt: skip
         self.packed = _packing(model, args.packed)
         if peft_config is not None:
             model = _with_adapters(model, peft_config, args)
