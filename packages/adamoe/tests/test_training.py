@@ -261,6 +261,20 @@ def test_the_record(tokens):
     assert len(table) == 48 and table.loc[30, "token"] == tokens.flatten()[6] and table["load"].sum() == loads.sum()
 
 
+def test_padding_is_not_in_the_record(tokens):
+    model = converted(noise=0.4)
+    mask = torch.ones_like(tokens)
+    mask[1, -7:] = 0
+    with record_load(model, token_ids=tokens, attention_mask=mask) as record, torch.no_grad():
+        model(tokens, attention_mask=mask)
+    kept = record.per_token[:, mask.bool()].float()
+    assert record.mean == pytest.approx(float(kept.mean())) != pytest.approx(float(record.per_token.float().mean()))
+    assert record.by_layer().tolist() == pytest.approx(kept.mean(1).tolist())
+    shares = [float((kept == i).float().mean()) for i in range(len(record.histogram()))]
+    assert record.histogram().tolist() == pytest.approx(shares)
+    assert sum(count for _, count in record.by_token().values()) == int(mask.sum())
+
+
 def rows(count=24):
     g = torch.Generator().manual_seed(3)
     return [{"input_ids": torch.randint(3, 40, (12,), generator=g).tolist()} for _ in range(count)]
