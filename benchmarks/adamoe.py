@@ -8,6 +8,7 @@ the named seeds and stops. `--try SEED...` trains variants of the recipe on seed
 """
 
 import argparse
+import ast
 import hashlib
 import importlib.util
 import json
@@ -52,9 +53,10 @@ warnings.filterwarnings("ignore", message="top_k .* changes the function")
 
 
 def digest(*names: str) -> str:
-    """Of the modules that training runs through."""
+    """Of the code of the modules that training runs through, however it is laid out."""
     paths = [Path(str(importlib.util.find_spec(f"adamoe.{name}").origin)) for name in names]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+    code = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
+    return hashlib.sha256("".join(code).encode()).hexdigest()[:12]
 
 
 @cache

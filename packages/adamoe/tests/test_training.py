@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from adamoe import AdaMoEConfig, AnnealCallback, LoadController, TargetLoadCallback, calibrate, from_pretrained, record_load, set_load
+from adamoe import (
+    AdaMoEConfig,
+    AnnealCallback,
+    LoadController,
+    TargetLoadCallback,
+    calibrate,
+    from_pretrained,
+    record_load,
+    set_load,
+)
 from adamoe.conversion import base_of, layer_routers
 from adamoe.errors import ConfigError
 from adamoe.finetuning import Recipe, collate, fine_tune, read_texts, with_lora
