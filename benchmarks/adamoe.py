@@ -133,19 +133,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Tried beside the arms of the table."""
 TABLE = [(name, STEPS) for name in SETTINGS]
-TRIED = [(name, 200) for name in ("top-2", "AdaMoE")] + [
-    (name, 300)
-    for name in (
-        "top-2",
-        "AdaMoE",
-        "nulls balanced one by one",
-        "AdaMoE, load controller",
-        "one by one, load controller",
-        "over all selected, load controller",
-        *VARIANTS,
-        "top-p",
-    )
-]
+TRIED = [(name, steps) for steps in (200, STEPS) for name in ("top-2", "AdaMoE")] + [(name, STEPS) for name in VARIANTS]
 
 
 def _tuned(name: str, seed: int, steps: int, base: Any, language: Any) -> Scores:
