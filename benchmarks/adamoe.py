@@ -1,21 +1,25 @@
 """Null experts: quality at a load, and time at a load.
 
 Quality is measured on the mixed-difficulty language of adamoe.testbed. For each seed one top-2 Mixtral is pre-trained; every
-arm starts from it and sees the same fine-tuning batches, coefficients and steps. Arms are kept with a digest of the modules
-they ran through, so that a stopped run goes on where it was. `--train SEED... --part 0/2` trains every second arm of the
-named seeds and stops, so that two processes can share the work. Times are CPU seconds of one thread, interleaved.
+arm starts from it and sees the same fine-tuning batches, coefficients and steps. Arms are trained by two processes and kept
+with a digest of the modules they ran through, so that a stopped run goes on where it was; `--train SEED...` trains those of
+the named seeds and stops. `--try SEED...` trains variants of the recipe on seeds that the table does not use, and writes
+`results/adamoe/tried.json`: what was chosen was chosen there. Times are CPU seconds of one thread, interleaved.
 """
 
 import argparse
+import ast
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from adamoe import (
     calibrate,
     convert,
     count_flops,
+    export,
     flops_reduction,
     record_load,
     routers,
@@ -40,7 +45,7 @@ from tenfold_shared.hub import replace_atomically
 PAPER = "2406.13233"
 RESULTS = Path(__file__).parent / "results"
 KEPT = RESULTS / ".partial" / "adamoe"
-PRETRAIN, STEPS = 600, 200
+PRETRAIN, STEPS, REPEATS = 600, 300, 12
 Scores = dict[str, float]
 
 torch.set_num_threads(1)
@@ -48,9 +53,10 @@ warnings.filterwarnings("ignore", message="top_k .* changes the function")
 
 
 def digest(*names: str) -> str:
-    """Of the modules that training runs through."""
+    """Of the code of the modules that training runs through, however it is laid out."""
     paths = [Path(str(importlib.util.find_spec(f"adamoe.{name}").origin)) for name in names]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+    code = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in paths]
+    return hashlib.sha256("".join(code).encode()).hexdigest()[:12]
 
 
 @cache
@@ -86,9 +92,9 @@ class TopP:
             low, high = (low, self.threshold) if record.mean > self.wanted else (self.threshold, high)
 
 
-def arm(name: str, seed: int) -> Scores:
+def arm(name: str, seed: int, steps: int = STEPS) -> Scores:
     """Scores of one arm on held-out sequences of tables B, from the kept file or by training."""
-    file = KEPT / f"{name}-{seed}-{PRETRAIN}-{STEPS}-{sources()}.json"
+    file = KEPT / f"{name}-{seed}-{PRETRAIN}-{steps}-{sources()}.json"
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
     start = time.process_time()
@@ -97,16 +103,12 @@ def arm(name: str, seed: int) -> Scores:
     if name == "pre-trained":
         result = {f"A {k}": v for k, v in score(base, language, seed=seed).items()} | score(base, changed, seed=seed)
     else:
-        result = _tuned(name, seed, base, changed)
+        result = _tuned(name, seed, steps, base, changed)
     result["seconds"] = time.process_time() - start
     with replace_atomically(file) as partial:
         partial.write_text(json.dumps(result), encoding="utf-8")
-    print(
-        f"    {name} {seed}: {result['seconds']:.0f} s",
-        {k: round(v, 3) for k, v in result.items()},
-        file=sys.stderr,
-        flush=True,
-    )
+    figures = {k: round(v, 3) for k, v in result.items()}
+    print(f"    {name} {seed}, {steps} steps: {result['seconds']:.0f} s", figures, file=sys.stderr, flush=True)
     return result
 
 
@@ -119,17 +121,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top-p": {"num_null_experts": 0},
     "identity nulls": {"null_type": "identity"},
     "weights over all selected": {"weight_normalization": "selected_all"},
+    "one by one, load controller": {"balance": "individual", "target_load": 1.5},
+    "over all selected, load controller": {"weight_normalization": "selected_all", "target_load": 1.5},
     "MoE++": {},
     "bias-balanced nulls": {"aux_coef": (0.0, 0.0)},
 }
+VARIANTS: dict[str, dict[str, Any]] = {"straight-through gradient": {"weight_gradient": "straight_through"}}
+"""Tried beside the arms of the table."""
+TABLE = [(name, STEPS) for name in SETTINGS]
+TRIED = [(name, steps) for steps in (200, STEPS) for name in ("top-2", "AdaMoE")] + [(name, STEPS) for name in VARIANTS]
 
 
-def _tuned(name: str, seed: int, base: Any, language: Any) -> Scores:
+def _tuned(name: str, seed: int, steps: int, base: Any, language: Any) -> Scores:
     kept: dict[str, Any] = {}
 
     def prepare(model: Any) -> Any:
         if name == "top-p":
-            kept["top-p"] = TopP(model, arm("AdaMoE", seed)["load"])
+            kept["top-p"] = TopP(model, arm("AdaMoE", seed, steps)["load"])
             return kept["top-p"]
         if name == "MoE++":
             routers.use(model, routers.moepp, copies=1, constants=1)
@@ -141,7 +149,8 @@ def _tuned(name: str, seed: int, base: Any, language: Any) -> Scores:
     def fresh(offset: int) -> torch.Tensor:
         return language.batch(96, 64, torch.Generator().manual_seed(offset + seed))[0]
 
-    model = fine_tune(base, language, AdaMoEConfig(**SETTINGS[name]), seed=seed, steps=STEPS, prepare=prepare)
+    settings = AdaMoEConfig(**{**SETTINGS, **VARIANTS}[name])
+    model = fine_tune(base, language, settings, seed=seed, steps=steps, prepare=prepare)
     if name == "top-p":
         kept["top-p"].bisect(fresh(91_000))
     result = score(model, language, seed=seed)
@@ -178,11 +187,32 @@ def pretrained(seed: int) -> tuple[Any, Any]:
     return model, language
 
 
-def train(seeds: list[int], part: str = "0/1") -> None:
-    first, step = (int(v) for v in part.split("/"))
-    for seed in seeds:
-        for name in ["pre-trained", *SETTINGS][first::step]:
-            arm(name, seed)
+def train(arms: list[tuple[str, int]], seeds: list[int]) -> None:
+    """Train (name, steps) for every seed by two processes of one thread each."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        bases = [pool.submit(arm, "pre-trained", seed) for seed in seeds]
+        waiting = []
+        for seed, base in zip(seeds, bases, strict=True):
+            base.result()  # whose model the arms start from
+            waiting += [pool.submit(arm, name, seed, steps) for name, steps in arms]
+        for future in waiting:
+            future.result()
+
+
+def try_variants(seeds: list[int]) -> None:
+    """Every variant against top-2 of as many steps, on seeds of their own; written and printed."""
+    train(TRIED, seeds)
+    rows = []
+    for name, steps in TRIED:
+        runs = [(arm(name, seed, steps), arm("top-2", seed, steps)) for seed in seeds]
+        rows.append({
+            "arm": name, "steps": steps, "load": mean([a["load"] for a, _ in runs]), "loss over top-2": mean([a["ce"] / b["ce"] for a, b in runs]),
+            "hard accuracy minus top-2": mean([a["accuracy hard"] - b["accuracy hard"] for a, b in runs]), "loss of hard positions": mean([a["ce hard"] for a, _ in runs]),
+            "load hard": mean([a["load hard"] for a, _ in runs]), "load random": mean([a["load random"] for a, _ in runs]),
+        })  # fmt: skip
+        print(" ".join(f"{k} {v:.4f}" if isinstance(v, float) else str(v) for k, v in rows[-1].items()))
+    with replace_atomically(RESULTS / "adamoe/tried.json") as partial:
+        partial.write_text(json.dumps({"seeds": seeds, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def mean(values: list[float]) -> float:
@@ -195,6 +225,7 @@ def column(name: str, key: str, seeds: list[int]) -> list[float]:
 
 def reproduction(seeds: list[int]) -> list[Claim]:
     """The bars on the mixed-difficulty language, and every arm beside them."""
+    train(TABLE, seeds)
     get = {
         (name, key): column(name, key, seeds)
         for name in SETTINGS
@@ -254,9 +285,14 @@ def reproduction(seeds: list[int]) -> list[Claim]:
         claim("null-average", "Averaging the nulls in the balance loss is better than balancing them one by one (Table 3)",
               "cross-entropy of hard positions, lower is better", get[ours, "ce hard"], {single: mean(get[single, "ce hard"])},
               "mean at most that of the other", mean(get[ours, "ce hard"]) <= mean(get[single, "ce hard"]), headline=True),
-        claim("true-only-weights", "Weights over the true experts only are better than over all selected (Table 4)",
-              "cross-entropy, lower is better", get[ours, "ce"], {"weights over all selected": mean(get["weights over all selected", "ce"])},
-              "mean at most that of the other", mean(get[ours, "ce"]) <= mean(get["weights over all selected", "ce"])),
+        claim("null-average-load", "... and at one load, which the controller holds", "cross-entropy of hard positions at load 1.5, lower is better",
+              get[steered, "ce hard"], {"one by one, load controller": mean(get["one by one, load controller", "ce hard"])},
+              "mean at most that of the other", mean(get[steered, "ce hard"]) <= mean(get["one by one, load controller", "ce hard"])),
+        claim("true-only-weights", "At one load, weights over the true experts only are better than over all selected (Table 4)",
+              "cross-entropy at load 1.5, lower is better", get[steered, "ce"],
+              {"over all selected, load controller": mean(get["over all selected, load controller", "ce"]),
+               f"over all selected, at its own load of {mean(get['weights over all selected', 'load']):.2f}": mean(get["weights over all selected", "ce"])},
+              "mean at most that of the other", mean(get[steered, "ce"]) <= mean(get["over all selected, load controller", "ce"])),
         claim("controller", "The load controller gives the load one names", "distance of the load from 1.5 on held-out tokens",
               gap, {"without controller": abs(mean(get[ours, "load"]) - 1.5)}, "mean at most 0.02", mean(gap) <= 0.02,
               note=f"{note}; furthest layer {max(layers):.3f}"),
@@ -292,17 +328,11 @@ def _arms_figure(seeds: list[int]) -> None:
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharex=True)
         for i, name in enumerate(SETTINGS):
             tint = OURS if name.startswith("AdaMoE") else PEERS[i % len(PEERS)]
+            marker = "D" if name == "AdaMoE" else "os"[i >= len(PEERS)]
             for axis, key in ((axes[0], "ce"), (axes[1], "ce hard")):
                 x, y = column(name, "load", seeds), column(name, key, seeds)
-                axis.scatter(x, y, s=14, color=tint, alpha=0.5)
-                axis.scatter(
-                    mean(x),
-                    mean(y),
-                    s=70,
-                    color=tint,
-                    marker="D" if name == "AdaMoE" else "os"[i >= len(PEERS)],
-                    label=name,
-                )
+                axis.scatter(x, y, s=14, color=tint, marker=marker, alpha=0.5)
+                axis.scatter(mean(x), mean(y), s=70, color=tint, marker=marker, label=name)
         axes[0].set(xlabel="true experts per token", ylabel="cross-entropy", title="all positions")
         axes[1].set(xlabel="true experts per token", title="facts to be memorised", yscale="log")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -321,8 +351,8 @@ def _types_figure(seeds: list[int]) -> None:
             for place, v in zip(places, values, strict=True):
                 axis.scatter([place] * len(v), v, s=8, color="#222222", zorder=3)
         axis.set_xticks([k + 0.3 for k in range(len(KINDS))], KINDS)
-        axis.set(ylabel="true experts per token", title="by what is to be predicted (dots: seeds)", ylim=(0.8, 2.15))
-        axis.legend(loc="upper left", ncols=2, fontsize=8)
+        axis.set(ylabel="true experts per token", title="by what is to be predicted (dots: seeds)", ylim=(0, 2.6))
+        axis.legend(loc="upper left", ncols=4, fontsize=8)
         save(figure, RESULTS / "adamoe/types.png")
 
 
@@ -389,7 +419,7 @@ def layer_speed(seeds: list[int]) -> list[Claim]:
     from adamoe.speed import CASES, layer_seconds
 
     loads = [load for _, load in CASES]
-    runs = [layer_seconds(seed=seed, repeats=6) for seed in seeds]
+    runs = [layer_seconds(seed=seed, repeats=REPEATS) for seed in seeds]
     high, middle, low = loads
     paths = [path for path, load in runs[0] if load == high]
 
@@ -400,7 +430,7 @@ def layer_speed(seeds: list[int]) -> list[Claim]:
         f"load {load:.2f}: " + ", ".join(f"{p} {1000 * mean([r[p, load] for r in runs]):.1f}" for p in paths)
         for load in loads
     )
-    note = f"ms, 1024 tokens, d 512, I 1024, 8 experts, float32, CPU seconds of one thread, second best of 6 in turn: {table}"
+    note = f"ms, 1024 tokens, d 512, I 1024, 8 experts, float32, CPU seconds of one thread, second best of {REPEATS} in turn: {table}"
 
     def claim(
         id: str,
@@ -476,7 +506,7 @@ def served(seeds: list[int]) -> list[Claim]:
     if not python.exists() or not site.exists():
         return [claim]
     folder = KEPT / "served"
-    runs = []
+    runs, stock = [], []
     for seed in seeds:
         model = make_model(seed, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8)
         torch.manual_seed(seed)
@@ -490,12 +520,15 @@ def served(seeds: list[int]) -> list[Claim]:
             calibrate(model, [tokens], target_load=target)
             biases.append(float(next(layer_routers(model)).null_bias))
         set_load(model, null_bias=0.0)
-        model.save_pretrained(folder / str(seed))
+        export(model, folder / f"{seed}")
+        export(model, folder / f"{seed}-stock", "stock")
         options = {
             "model": str(folder / str(seed)), "architecture": "AdaMoEMixtralForCausalLM", "biases": biases, "repeats": 4, "length": 256,
             "prompts": torch.randint(0, 36, (4, 128), generator=torch.Generator().manual_seed(seed + 9)).tolist(),
         }  # fmt: skip
         runs.append(_engine(python, site, options))
+        options.update(model=str(folder / f"{seed}-stock"), architecture=None, biases=[0.0])
+        stock.append(sorted(_engine(python, site, options)["0.0"]["seconds"])[1])
     loads = [[float(v["load"]) for v in run.values()] for run in runs]
     seconds = [[sorted(v["seconds"])[1] for v in run.values()] for run in runs]
     ratios = [row[-1] / row[0] for row in seconds]
@@ -503,9 +536,12 @@ def served(seeds: list[int]) -> list[Claim]:
         f"load {mean([x[i] for x in loads]):.2f}: {mean([x[i] for x in seconds]):.3f} s" for i in range(3)
     )
     claim.ours, claim.seeds, claim.spread = mean(ratios), seeds, spread(ratios)
-    claim.peers = {"at the middle load": mean([row[1] / row[0] for row in seconds])}
+    claim.peers = {
+        "at the middle load": mean([row[1] / row[0] for row in seconds]),
+        "stock vLLM, top-2": mean([s / row[0] for s, row in zip(stock, seconds, strict=True)]),
+    }
     claim.passed = mean(ratios) < 0.9 and all(x[-1] <= 0.7 * x[0] for x in loads)
-    claim.note = f"4 prompts of 128 tokens, 4 layers, d 512, I 1024, CPU seconds of the whole engine, second best of 4 in turn: {table}; the load is moved by the null bias alone"
+    claim.note = f"4 prompts of 128 tokens, 4 layers, d 512, I 1024, CPU seconds of the whole engine, second best of 4 in turn: {table}; the stock engine {mean(stock):.3f} s; the load is moved by the null bias alone"
     claim.environment = {"vllm": "0.32.0"}
     return [claim]
 
@@ -533,10 +569,13 @@ def _engine(python: Path, site: Path, options: dict) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--train", nargs="+", type=int)
-    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--try", nargs="+", type=int, dest="tried")
     options, rest = parser.parse_known_args()
     if options.train:
-        train(options.train, options.part)
+        train(TABLE, options.train)
+        sys.exit()
+    if options.tried:
+        try_variants(options.tried)
         sys.exit()
     run_benchmark(
         "adamoe",

@@ -204,6 +204,8 @@ def test_models_that_cannot_be_converted(mixtral):
     )
     with pytest.raises(ConversionError, match=r"use adamoe\.molora"):
         convert(dense)
+    with pytest.raises(ConversionError, match="Linear is not a model of transformers"):
+        convert(torch.nn.Linear(2, 2))
     mixtral.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(ConversionError, match="quantised"):
         convert(mixtral)

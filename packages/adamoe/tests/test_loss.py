@@ -182,9 +182,23 @@ def test_a_copy_of_a_model_has_hooks_of_its_own(tokens):
     assert float(other(tokens, labels=tokens).loss) < float(model(tokens, labels=tokens).loss)
 
 
-def test_a_tuple_is_left_alone(tokens):
-    model = converted()
-    assert isinstance(model(tokens, labels=tokens, return_dict=False), tuple)
+def test_a_tuple_gets_the_loss_too(tokens):
+    model = converted(noise=0.2)
+    plain = model(tokens, labels=tokens, return_dict=False)
+    assert isinstance(plain, tuple) and float(plain[0]) == pytest.approx(float(model(tokens, labels=tokens).loss))
+    model.train()
+    output = model(tokens, labels=tokens, return_dict=False)
+    assert float(output[0]) == pytest.approx(float(model(tokens, labels=tokens).loss))
+    assert float(output[0]) > float(plain[0]) + 0.02 and torch.allclose(output[1], plain[1], atol=1e-5)
+
+
+def test_a_mask_given_by_position_counts(tokens):
+    model = converted(noise=0.2).train()
+    mask = torch.ones_like(tokens)
+    mask[1, -5:] = 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    by_name = float(model(tokens, attention_mask=mask, labels=labels).loss)
+    assert float(model(tokens, mask, labels=labels).loss) == by_name
 
 
 def test_labels_without_a_converted_model_are_stock(tokens):

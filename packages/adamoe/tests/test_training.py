@@ -2,13 +2,23 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from adamoe import AdaMoEConfig, AnnealCallback, LoadController, TargetLoadCallback, calibrate, record_load, set_load
+from adamoe import (
+    AdaMoEConfig,
+    AnnealCallback,
+    LoadController,
+    TargetLoadCallback,
+    calibrate,
+    from_pretrained,
+    record_load,
+    set_load,
+)
 from adamoe.conversion import base_of, layer_routers
 from adamoe.errors import ConfigError
 from adamoe.finetuning import Recipe, collate, fine_tune, read_texts, with_lora
@@ -104,6 +114,62 @@ def test_two_processes_one_of_them_without_any_expert(kernel, of_two):
         assert both[kernel].keys() == alone[0].keys()
         for name, grad in both[kernel].items():
             assert torch.allclose(grad, (alone[0][name] + alone[1][name]) / 2, atol=1e-6), name
+
+
+RANK = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_training import STEERED, data
+from adamoe.finetuning import Recipe, fine_tune
+for name, config in STEERED.items():
+    recipe = Recipe(steps=3, batch_size=1, lr=1e-3)
+    fine_tune({base!r}, data(name), recipe, config, output=Path({out!r}) / name, device="cpu")
+torch.distributed.barrier()
+os._exit(0)  # taking a gloo group down can deadlock
+"""
+# Eq. 6 is no mean over sequences: it is compared on sequences that are alike, the controller's counts on different ones.
+STEERED = {
+    "alike": AdaMoEConfig(null_init="copy_noise", target_load=1.0, aux_coef=(0.1, 0.1)),
+    "different": AdaMoEConfig(null_init="copy_noise", target_load=1.0, aux_coef=(0.0, 0.0)),
+}
+
+
+def data(name):
+    return rows(8) if name == "different" else rows(1) * 8
+
+
+def test_trainer_in_two_processes_ends_as_in_one(tmp_path):
+    """Weights, null rows and the controller's biases."""
+    build().save_pretrained(tmp_path / "base")
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(tests=str(TESTS), base=str(tmp_path / "base"), out=str(tmp_path / "two")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, str(script)], env={**os.environ, **meeting, "RANK": r, "LOCAL_RANK": r})
+        for r in ("0", "1")
+    ]
+    try:
+        assert [rank.wait(timeout=LIMIT) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    recipe = Recipe(steps=3, batch_size=2, lr=1e-3)
+    for name, config in STEERED.items():
+        alone, _ = fine_tune(
+            tmp_path / "base", data(name), recipe, config, output=tmp_path / f"one-{name}", device="cpu"
+        )
+        both = from_pretrained(tmp_path / "two" / name / "model").state_dict()
+        assert min(float(v) for k, v in both.items() if k.endswith("null_bias")) > 0.02
+        for key, value in alone.state_dict().items():
+            # Adam makes of a gradient's last bits a visible step; biases do not go through it.
+            near = 1e-6 if key.endswith("null_bias") else 5e-4
+            assert torch.allclose(value, both[key], rtol=0, atol=near), (name, key)
 
 
 def test_peft_trains_experts_and_routers_and_is_saved(tmp_path, tokens):
@@ -202,6 +268,20 @@ def test_the_record(tokens):
     assert record.by_token()[token] == (pytest.approx(float(expected)), len(here))
     table = record.to_dataframe()
     assert len(table) == 48 and table.loc[30, "token"] == tokens.flatten()[6] and table["load"].sum() == loads.sum()
+
+
+def test_padding_is_not_in_the_record(tokens):
+    model = converted(noise=0.4)
+    mask = torch.ones_like(tokens)
+    mask[1, -7:] = 0
+    with record_load(model, token_ids=tokens, attention_mask=mask) as record, torch.no_grad():
+        model(tokens, attention_mask=mask)
+    kept = record.per_token[:, mask.bool()].float()
+    assert record.mean == pytest.approx(float(kept.mean())) != pytest.approx(float(record.per_token.float().mean()))
+    assert record.by_layer().tolist() == pytest.approx(kept.mean(1).tolist())
+    shares = [float((kept == i).float().mean()) for i in range(len(record.histogram()))]
+    assert record.histogram().tolist() == pytest.approx(shares)
+    assert sum(count for _, count in record.by_token().values()) == int(mask.sum())
 
 
 def rows(count=24):

@@ -17,7 +17,7 @@ Rows = Annotated[int, typer.Option(min=1, help="Sequences of the synthetic langu
 
 @app.command(epilog="Example: adamoe demo --output out")
 def demo(output: Output = Path("out"), seed: Seed = 0, json: Json = False) -> None:
-    """Train a small Mixtral, convert it, and show which tokens get how many experts; offline, about a minute."""
+    """Train a small Mixtral, convert it, and show which tokens get how many experts; offline, about two minutes."""
     from adamoe.demo import run
 
     emit(run(output, seed), json)

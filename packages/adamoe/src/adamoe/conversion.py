@@ -180,9 +180,10 @@ class NullBalance:
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Pre-hook: have the routers record, and keep the stock loss, which knows no nulls, from running."""
-        wanted = kwargs.get("output_router_logits")
+        given = _by_name(model, args, kwargs)
+        wanted = given.get("output_router_logits")
         self.wants_logits = bool(getattr(model.config, "output_router_logits", False) if wanted is None else wanted)
-        if self.wants_logits or kwargs.get("labels") is not None:
+        if self.wants_logits or given.get("labels") is not None:
             for router in layer_routers(model):
                 router.adamoe_watchers.append(self.see)
         if "output_router_logits" in inspect.signature(model.forward).parameters:
@@ -197,9 +198,10 @@ class NullBalance:
                 router.adamoe_watchers.remove(self.see)
         routers, routings = [r for r, _ in self.seen], [routing for _, routing in self.seen]
         self.seen = []
-        if output is None or not routings or isinstance(output, tuple):
+        if output is None or not routings:
             return output
-        mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+        given = _by_name(model, args, kwargs)
+        mask, labels = given.get("attention_mask"), given.get("labels")
         mask = mask if mask is not None and mask.dim() == 2 and mask.numel() == routings[0].index.shape[0] else None
         trained = model.training and labels is not None
         if trained and self.counting:
@@ -210,9 +212,11 @@ class NullBalance:
                 attention_mask=mask, balance=self.config.balance, aux_reduction=self.config.aux_reduction,
                 selected=[r.selected for r in routings], score=routers[0].adamoe_family.score,
             )  # fmt: skip
-            if trained and self.coefficient and output.loss is not None:
-                share = _share(kwargs)
-                output["loss"] = output.loss + self.coefficient * share * aux.to(output.loss.device)
+            added = self.coefficient * _share(given) * aux if trained and self.coefficient else None
+            if isinstance(output, tuple):
+                return output if added is None else (output[0] + added.to(output[0].device), *output[1:])
+            if added is not None and output.loss is not None:
+                output["loss"] = output.loss + added.to(output.loss.device)
             if "aux_loss" in type(output).__dataclass_fields__:
                 output["aux_loss"] = aux
             if self.wants_logits and "router_logits" in type(output).__dataclass_fields__:
@@ -231,6 +235,11 @@ class NullBalance:
         total = (loads * keep).sum(1)
         self.load = total if self.load is None else self.load + total
         self.tokens = self.tokens + keep.sum()
+
+
+def _by_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name: a mask or labels may be given by position."""
+    return {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
 
 
 def _share(kwargs: dict[str, Any]) -> Tensor | float:
@@ -281,6 +290,10 @@ def convert(model: Any, config: AdaMoEConfig | None = None, *, top_k: int | None
     if top_k is not None:
         config = AdaMoEConfig.from_dict({**config.to_dict(), "top_k": top_k})
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(base, "config"):
+        raise ConversionError(
+            f"{type(base).__name__} is not a model of transformers", hint="convert the model before it is wrapped"
+        )
     if is_converted(base):
         raise ConversionError("the model already has null experts", hint="call revert first")
     if getattr(base, "hf_quantizer", None) is not None or getattr(base.config, "quantization_config", None):

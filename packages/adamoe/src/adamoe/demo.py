@@ -19,18 +19,18 @@ from adamoe.testbed import KINDS, fine_tune, pretrain, score, symbols
 TARGETS = (1.75, 1.5, 1.25, 1.0, 0.75)
 
 
-def run(output: Path, seed: int = 0, *, steps: int = 240) -> Table:
+def run(output: Path, seed: int = 0, *, steps: int = 600) -> Table:
     """Train, convert, fine-tune, calibrate, draw and write `summary.json`; returns the table.
 
-    steps: of pre-training; half as many for each fine-tuning.
+    steps: of pre-training; a third as many for each fine-tuning.
     """
     model, language = pretrain(seed, steps)
     changed = language.changed(seed)
     tokens, _ = changed.batch(2, 64, torch.Generator().manual_seed(seed))
     difference = conversion_difference(model, tokens)
     tuned = {
-        "top-2": fine_tune(model, changed, AdaMoEConfig(num_null_experts=0), seed=seed, steps=steps // 2),
-        "AdaMoE (8 nulls, top-3)": fine_tune(model, changed, AdaMoEConfig(), seed=seed, steps=steps // 2),
+        "top-2": fine_tune(model, changed, AdaMoEConfig(num_null_experts=0), seed=seed, steps=steps // 3),
+        "AdaMoE (8 nulls, top-3)": fine_tune(model, changed, AdaMoEConfig(), seed=seed, steps=steps // 3),
     }
     scores = {name: score(m, changed, seed=seed) for name, m in tuned.items()}
     adaptive = tuned["AdaMoE (8 nulls, top-3)"]
@@ -102,9 +102,11 @@ def _curve(scores: dict[str, dict[str, float]], config: Any, output: Path) -> Pa
                 f"load {s['load']:.2f}",
                 (saved, s["ce"]),
                 textcoords="offset points",
-                xytext=(6, -11 if trained else 5),
+                xytext=(0, -15 if trained else 8),
+                ha="center",
                 fontsize=8,
             )
+        axes[0].margins(0.12, 0.2)
         axes[0].set(xlabel="multiply-adds saved, %", ylabel="cross-entropy", title="cost and loss (large: as trained)")
         names = list(scores)[:2]
         for i, (name, tint) in enumerate(zip(names, (figures.PEERS[0], figures.OURS), strict=True)):

@@ -38,23 +38,20 @@ def adamoe(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights:
 
 def adamoe_loop(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """One product per expert that got a token; see `adamoe` for the shapes."""
-    T, K = top_k_index.shape
     expert, place = _kept_pairs(top_k_index, self.num_experts)
     counts = torch.bincount(expert, minlength=self.num_experts).tolist()
     # Without a pair, the first expert gets zero rows: every parameter keeps a place in the graph and a gradient of zero,
     # which DistributedDataParallel waits for.
-    if not any(counts):
-        counts = [0]
-    token, weight = place // K, top_k_weights.reshape(-1)[place]
+    active = [e for e, count in enumerate(counts) if count] or [0]
+    tokens = (place // top_k_index.shape[1]).split(counts)
+    weights = top_k_weights.reshape(-1, 1).index_select(0, place).split(counts)
     up, down = self.gate_up_proj if self.has_gate else self.up_proj, self.down_proj
     biases = _biases(self)
     # Unbound once: selecting expert by expert would give each backward step a gradient of the whole parameter's size.
     ups, downs = up.unbind(0), down.unbind(0)
-    results, start = [], 0
-    for e, count in enumerate(counts):
-        if count == 0 and len(counts) > 1:
-            continue
-        rows = hidden_states[token[start : start + count]].to(ups[e].dtype)
+    total = torch.zeros(hidden_states.shape, device=hidden_states.device)
+    for e in active:
+        rows = hidden_states.index_select(0, tokens[e]).to(ups[e].dtype)
         inner = _product(rows, ups[e], self.is_transposed)
         if biases is not None:
             inner = inner + biases[0][e]
@@ -64,9 +61,9 @@ def adamoe_loop(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
             outer = outer + biases[1][e]
         if getattr(self, "has_post_expert_norm", False):
             outer = self.post_expert_norm(outer)
-        results.append(outer)
-        start += count
-    return _combine(torch.cat(results), weight, token, place, T, K, hidden_states)
+        # A token meets an expert once, so a row has one writer here; each expert's rows are added while in the cache.
+        total.index_add_(0, tokens[e], (outer * weights[e]).float())
+    return total.to(hidden_states.dtype)
 
 
 def adamoe_grouped(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -127,7 +127,9 @@ def train(
     from adamoe.training import set_progress
 
     g = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=True
+    )
     model.train()
     losses = []
     for step in range(steps):
