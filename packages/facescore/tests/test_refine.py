@@ -1,5 +1,6 @@
 """The refinement losses against diffusers' schedulers, and the tuner on tiny pipelines in the real formats."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from facescore.images import open_image
 from facescore.refine import losses
 from facescore.refine.losses import NoiseSchedule
 from facescore.refine.pipelines import backbone_of
-from facescore.refine.tuner import fit
+from facescore.refine.tuner import fit, own_samples
 from facescore.testbed import new_pipeline, write_world
 from tenfold_shared.errors import UserError
 
@@ -135,6 +136,67 @@ def test_every_method_trains_what_it_should(method, options, rank):
     if rank is not None:
         with tuner.reference():
             torch.testing.assert_close(probe(pipe), probe(untouched), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [("sft", ""), ("guidance", "x0"), ("guidance", "teacher"), ("guidance", "step"), ("dpo", "")],
+)  # fmt: skip
+def test_the_second_updates_loss_is_the_formula(method, target):
+    """Written out with alpha, sigma and plain means; the second update's, since the reference differs by then."""
+    pairs, pipe, first = plain_pairs(), drawn(), drawn()
+    after_one = []
+    options = {"target": target, "guidance_weight": 0.7, "outside_weight": 0.25} if target else {"beta": 30.0}
+    tuner = FaceTuner(pipe, pairs, method=method, steps=2, lr=1e-2, batch_size=3, lora_rank=None, **options)
+    tuner.train(on_step=lambda step, t: after_one.append(copy.deepcopy(pipe.unet)) if step == 1 else None)
+    unet = after_one[0]
+
+    generator = torch.Generator().manual_seed(1)  # update 1 of seed 0
+    rows = torch.randint(6, (3,), generator=generator)
+    index = torch.randint(100 if method == "guidance" else 0, 1000, (3,), generator=generator)
+    noise = torch.randn(3, 4, 8, 8, generator=generator)
+    kept = pipe.scheduler.alphas_cumprod
+    a, s = (v.view(3, 1, 1, 1) for v in (kept[index].sqrt(), (1 - kept[index]).sqrt()))
+    stored = [(getattr(pairs, side)[rows] * 255).round() / 255 for side in ("win", "lose")]
+    good, bad = (pipe.encode_image(p) for p in stored)
+    condition = pipe.encode_prompt(["a face"] * 3)
+
+    def ask(net, z, t=index):
+        return net(z, t, condition).sample
+
+    def error(difference, weight=None):
+        weight = torch.ones(3, 1, 8, 8) if weight is None else weight
+        return (difference**2 * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)) / 4
+
+    with torch.no_grad():
+        zg, zb = a * good + s * noise, a * bad + s * noise
+        vg, vb = a * noise - s * good, a * noise - s * bad
+        new_g, new_b, old_g, old_b = ask(unet, zg), ask(unet, zb), ask(first.unet, zg), ask(first.unet, zb)
+        expected = error(new_g - vg).mean()
+        weight = torch.full((3, 1, 8, 8), 0.25)
+        weight[:, :, 2:6, 2:6] = 1  # the mask covers pixels 4 to 12
+        if target == "x0":
+            expected = expected + 0.7 * error(a * zb - s * new_b - good, weight).mean()
+        if target == "teacher":
+            expected = expected + 0.7 * error(new_b - old_g, weight).mean()
+        if target == "step":
+            back = (index - 50).clamp(min=0)
+            a2, s2 = (v.view(3, 1, 1, 1) for v in (kept[back].sqrt(), (1 - kept[back]).sqrt()))
+            step_b, step_g = (a2 * (a * z - s * v) + s2 * (s * z + a * v) for z, v in ((zb, new_b), (zg, new_g)))
+            expected = expected + 0.7 * error(step_b - step_g, weight).mean()
+        if method == "dpo":
+            won, lost = error(new_g - vg) - error(old_g - vg), error(new_b - vb) - error(old_b - vb)
+            expected = torch.nn.functional.softplus(15 * (won - lost)).mean()
+    assert tuner.history[1]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_filter_keeps_the_best_samples():
+    tuner = FaceTuner(drawn(), None, method="filter", scorer=bright, prompts=["a face"], samples=8, keep=0.25,
+                      sampling_steps=2, steps=1)  # fmt: skip
+    images, _, scores = own_samples(drawn(), ["a face"], bright, 8, steps=2)
+    kept = bright(tuner.pipe.decode_latents(tuner._data().good))
+    assert sorted(kept.tolist()) == pytest.approx(sorted(scores)[-2:], abs=1e-5) and len(images) == 8
+    assert np.ptp(scores) > 1e-3
 
 
 def test_dpo_starts_at_log_two_and_drift_stops_it():
