@@ -740,10 +740,11 @@ def gpu(seeds: list[int]) -> list[Any]:
 
 if __name__ == "__main__":
     from tenfold_shared.claims import run_benchmark
+    from tenfold_shared.help_time import help_time
 
     _quiet()
     run_benchmark(
         "cllm-jacobi",
-        [trainings, speed, vllm, block_sizes, gpu],
+        [trainings, speed, vllm, block_sizes, gpu, help_time("cllm-jacobi", PAPER)],
         libraries=["transformers", "accelerate", "datasets", "peft"],
     )

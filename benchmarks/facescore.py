@@ -33,6 +33,7 @@ from facescore.reward.checkpoint import from_official, official_state
 from scipy.stats import kendalltau
 from tenfold_shared import figures
 from tenfold_shared.claims import Claim, run_benchmark, spread
+from tenfold_shared.help_time import help_time
 
 PAPER = "2406.17100"
 FIGURES = Path(__file__).resolve().parent / "results" / "facescore"
@@ -752,6 +753,7 @@ if __name__ == "__main__":
             reward_on_varied_inpainted,
             reward_on_varied,
             full_size,
+            help_time("facescore", PAPER),
         ],
         libraries=["transformers", "diffusers", "peft", "scikit-image"],
     )
