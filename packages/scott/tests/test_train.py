@@ -12,6 +12,7 @@ import torch
 from scott import AdapterStates, LatentDataset, LoRADiscriminator, NoiseSchedule, SCottConfig, SCottTrainer
 from scott.adapters import TEACHER, count
 from scott.conditioners import ClassConditioner
+from scott.consistency import consistency_function
 from scott.train import STUDENT, TARGET, with_guidance_input
 from tenfold_shared.errors import UserError
 
@@ -183,6 +184,25 @@ def test_the_discriminator_learns_to_tell(class_unet):
     trainer = class_trainer(class_unet, disc_warmup=30, iterations=30, disc_lr=1e-2, batch=8)
     losses = [terms["d"] for terms in trainer.fit(dataset())]
     assert losses[0] == pytest.approx(2, abs=0.1) and sum(losses[-5:]) / 5 < 1.2
+
+
+def test_the_consistency_loss_is_between_student_and_average(class_unet):
+    """Every pass in its own adapter state, written out for one ODE step: teacher, average, student."""
+    trainer = class_trainer(class_unet, solver="ode", substeps=1, loss="l2", ema=0.5)
+    trainer.fit(dataset())
+    batch, schedule = trainer._draw(dataset(), range(4)), trainer.schedule
+    z = schedule.add_noise(batch.x, batch.noise, batch.t_n)
+
+    def x0(state, z, t):
+        trainer.states.use(state)
+        with torch.no_grad():
+            return schedule.predict_x0(trainer.unet(z, t, **batch.condition).sample, z, t)
+
+    before = trainer.solver.step(z, batch.t_n, batch.t_m, x0(TEACHER, z, batch.t_n))
+    target = consistency_function(lambda z, t: x0(TARGET, z, t))(before, batch.t_m)
+    jump = consistency_function(lambda z, t: x0(STUDENT, z, t))(z, batch.t_n)
+    expected = float((jump - target).square().flatten(1).mean(1).sum())
+    assert trainer._losses(batch, 1.0)["cd"] == pytest.approx(expected, rel=1e-5)
 
 
 def gradient(trainer):
