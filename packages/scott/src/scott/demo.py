@@ -98,7 +98,9 @@ def picture(points: dict[tuple[str, int], Tensor], scores: dict[tuple[str, int],
                 axis.scatter(*data.T.numpy(), s=1.5, c="#c8c8c8", linewidths=0, rasterized=True)
                 axis.scatter(*points[method, steps][:1500].T.numpy(), s=2, c=colour, linewidths=0, rasterized=True)
                 score = scores[method, steps]
-                axis.set_title(f"W2 {score['sw2']:.3f}, cov {score['coverage']:.2f}, strays {score['far']:.2f}", fontsize=8)
+                axis.set_title(
+                    f"W2 {score['sw2']:.3f}, cov {score['coverage']:.2f}, strays {score['far']:.2f}", fontsize=8
+                )
                 axis.set(xlim=(-1.9, 1.9), ylim=(-1.9, 1.9), xticks=[], yticks=[], aspect="equal")
                 axis.spines[:].set(visible=True, color="#d8d8d8")
             row[0].set_ylabel(method)

@@ -155,7 +155,7 @@ def distil(
     recipe: Recipe,
     seed: int,
     *,
-    iterations: int = 300,
+    iterations: int = 100,
     batch: int = 32,
     lr: float = 5e-4,
     adv_weight: float = 0.1,
