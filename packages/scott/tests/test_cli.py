@@ -156,7 +156,9 @@ def test_solver_check(sd_folder):
 
 
 def test_bench_of_both_worlds():
-    toy = json.loads(run("bench", "toy", "--solver", "ode", "--no-gan", "--iterations", 2, "--lr", 1e-3, "--json").stdout)
+    toy = json.loads(
+        run("bench", "toy", "--solver", "ode", "--no-gan", "--iterations", 2, "--lr", 1e-3, "--json").stdout
+    )
     assert [row["steps"] for row in toy] == [1, 2, 4, 8] and {"sw2", "coverage", "far"} <= set(toy[0])
 
 
