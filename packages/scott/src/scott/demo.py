@@ -107,6 +107,6 @@ def picture(points: dict[tuple[str, int], Tensor], scores: dict[tuple[str, int],
         for axis, steps in zip(axes[-1], STEPS, strict=True):
             noise, both = (verdict(scores["SCott", steps], scores[name, steps]) for name in ("ODE + GAN", "LCM"))
             axis.set_xlabel(
-                f"{steps} step{'s' if steps > 1 else ''}\nSDE noise: {noise}\nnoise and discriminator: {both}"
+                f"{steps} step{'s' if steps > 1 else ''}\nSDE noise: {noise}\nnoise and GAN: {both}", fontsize=9
             )
     return figure
