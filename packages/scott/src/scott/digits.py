@@ -157,7 +157,7 @@ def distil(
     *,
     iterations: int = 100,
     batch: int = 32,
-    lr: float = 5e-4,
+    lr: float = 2e-4,
     adv_weight: float = 0.1,
     disc_lr: float = 1e-3,
     progress: Callable[[int, dict[str, float]], None] | None = None,
