@@ -138,7 +138,7 @@ def stock(name: str, **kwargs: object) -> object:
 
 def _ddpm(mixture: GaussianMixture, seed: int) -> float:
     x = exact_sampling(mixture, stock("DDPMScheduler", clip_sample=False), 1000, seed=seed, n=N * PAIRS)
-    return mean_distance(mixture, x, n=N, seed=seed) / data_distance(mixture, n=N, pairs=PAIRS, seed=seed)
+    return mean_distance(mixture, x, n=N, seed=seed) / data_distance(mixture, n=N, seed=seed)
 
 
 # The mixture

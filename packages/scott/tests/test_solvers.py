@@ -115,7 +115,7 @@ def test_renoising_forgets_z(schedule):
 
 @pytest.mark.parametrize("noise", NOISE_FUNCTIONS)
 def test_a_thousand_substeps_reproduce_the_mixture(schedule, noise):
-    """Bar B6: at most 1.3 times the distance between two draws of the data, both averaged over 32 pairs."""
+    """Bar B6: at most 1.3 times the distance between two draws of the data, both averaged over many pairs."""
     solver = SDESolver(schedule, noise=noise, substeps=1000)
     error, floor = marginal_error(solver, GaussianMixture(schedule), n=250, pairs=32)
     assert error <= 1.3 * floor
@@ -132,7 +132,7 @@ def test_the_probe_prefers_little_noise_at_few_steps(schedule):
     assert rows[chosen] == min(rows.values()) and chosen in ("ode", "log", "sde5")
     assert rows["ode"] < rows["sde"] < rows["power2.5"] and rows["power2.5"] > 1.05 * rows[chosen]
     many = solver_check(schedule, noises=["ode"], steps=[64], n=1000)[0]
-    assert many.error < 0.6 * rows["ode"] and many.floor < 0.6 * rows["ode"]
+    assert many.error < 0.5 * rows["ode"] and many.floor < 0.5 * rows["ode"]
 
 
 def test_noise_functions_are_those_of_the_solver_paper():

@@ -266,7 +266,7 @@ def solver_check(
     model: Annotated[
         str | None, typer.Option(help="Take the noise schedule from this pipeline's scheduler, not Stable Diffusion's.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Points of each of the eight sets that are compared.", min=50)] = 1000,
+    samples: Annotated[int, typer.Option(help="Points of each of the 16 sets that are compared.", min=50)] = 1000,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
