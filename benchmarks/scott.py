@@ -2,6 +2,7 @@
 
 python benchmarks/scott.py            everything; distilled students are kept, so that a stopped run goes on
 python benchmarks/scott.py --only mixture
+python benchmarks/scott.py --part 0/2 & python benchmarks/scott.py --part 1/2    the students alone, on two cores; then as above
 """
 
 # ruff: noqa: E402
@@ -11,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 # This script has the package's name, and Python puts its folder first on the path.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
@@ -18,22 +20,31 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__fi
 import diffusers
 import torch
 from safetensors.torch import load_file, save_file
-from scott import GaussianMixture, NoiseSchedule, SDESolver, digits, testbed
-from scott.lab import marginal_error
-from scott.metrics import sliced_wasserstein
+from scott import GaussianMixture, SDESolver, digits, testbed
+from scott.lab import data_distance, marginal_error, mean_distance
 from scott.recipes import RECIPES
 from scott.solvers import NOISE_FUNCTIONS
 from tenfold_shared import figures
 from tenfold_shared.claims import Claim, run_benchmark, source_digest, spread
+from tenfold_shared.help_time import help_time
 from tenfold_shared.hub import replace_atomically
 from torch import Tensor
 
 torch.set_num_threads(1)
 PAPER = "2403.01505"
 RESULTS = Path(__file__).resolve().parent / "results"
+PARTIAL = RESULTS / ".partial" / "scott"
 STEPS = (1, 2, 4, 8)
 METHODS = ("SCott", "LCM", "ODE + GAN", "SDE 5", "ODE", "late noise", "late noise + GAN")
 """SCott first, then everything that always stands beside it."""
+VARIANTS: dict[str, dict[str, float]] = {"twice the rate": {"lr": 1e-3}, "half the weight": {"adv_weight": 0.02}}
+"""Other settings than the reference recipe's, by what follows a comma in a method's name."""
+ATTEMPTS = ("SCott, twice the rate", "SCott, half the weight", "DDIM eta 0.3 + GAN", "late noise + GAN")
+"""Other ways to the bars that SCott misses: the learning rate, the discriminator's weight, another noise, its place."""
+RATES = ("SCott, twice the rate", "LCM, twice the rate", "ODE + GAN, twice the rate")
+LCM_NOTE = (
+    "LCM (one ODE step, no discriminator) is trained here with the same code, since no library packages its training"
+)
 DIGIT_METHODS = ("SCott", "LCM", "ODE + GAN")
 SD15 = (
     "scott prepare-latents laion-aesthetics-6plus --model stable-diffusion-v1-5/stable-diffusion-v1-5 --output latents && "
@@ -62,17 +73,30 @@ def say(text: str) -> None:
     print(f"    {text}", file=sys.stderr, flush=True)
 
 
+def kept(name: str, seeds: Sequence[int], measure: Callable[[], Any]) -> Any:
+    """What `measure` gives, kept on disk as JSON as long as the sources stay the same."""
+    file = PARTIAL / f"{name}-{source_digest('scott')}-{'-'.join(map(str, seeds))}.kept"
+    if not file.exists():
+        say(name)
+        made = measure()
+        with replace_atomically(file) as partial:
+            partial.write_text(json.dumps(made), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 # Solvers
+
+
+N, PAIRS = 1000, 16
+"""Points of a set, and how many sets are compared: the share of each mode makes one pair a poor measure."""
 
 
 def marginals(seeds: list[int]) -> list[Claim]:
     """Bar B6: a thousand sub-steps with the exact denoiser end on the mixture, whatever the noise function."""
-    schedule = NoiseSchedule.stable_diffusion()
-    mixture = GaussianMixture(schedule)
+    mixture = testbed.mixture_world()
     claims = []
     for noise in NOISE_FUNCTIONS:
-        runs = [marginal_error(SDESolver(schedule, noise=noise, substeps=1000), mixture, n=2000, seed=s) for s in seeds]
-        ratios = [error / floor for error, floor in runs]
+        ratios = kept(f"marginal {noise}", seeds, functools.partial(_ratios, mixture, noise, seeds))
         claims.append(
             claim(
                 f"marginal-{noise.replace('.', '-')}",
@@ -83,6 +107,12 @@ def marginals(seeds: list[int]) -> list[Claim]:
             )
         )  # fmt: skip
     return claims
+
+
+def _ratios(mixture: GaussianMixture, noise: str, seeds: list[int]) -> list[float]:
+    solver = SDESolver(mixture.schedule, noise=noise, substeps=1000)
+    runs = [marginal_error(solver, mixture, n=N, pairs=PAIRS, seed=s) for s in seeds]
+    return [error / floor for error, floor in runs]
 
 
 def exact_sampling(mixture: GaussianMixture, scheduler: object, steps: int, *, seed: int, n: int = 4000) -> Tensor:
@@ -107,10 +137,8 @@ def stock(name: str, **kwargs: object) -> object:
 
 
 def _ddpm(mixture: GaussianMixture, seed: int) -> float:
-    x = exact_sampling(mixture, stock("DDPMScheduler", clip_sample=False), 1000, seed=seed, n=2000)
-    _, floor = marginal_error(SDESolver(mixture.schedule, "ode"), mixture, n=2000, seed=seed)
-    real, _ = mixture.sample(len(x), generator=torch.Generator().manual_seed(1000 * seed + 5))
-    return sliced_wasserstein(real, x) / floor
+    x = exact_sampling(mixture, stock("DDPMScheduler", clip_sample=False), 1000, seed=seed, n=N * PAIRS)
+    return mean_distance(mixture, x, n=N, seed=seed) / data_distance(mixture, n=N, seed=seed)
 
 
 # The mixture
@@ -119,32 +147,32 @@ def _ddpm(mixture: GaussianMixture, seed: int) -> float:
 @functools.cache
 def student(name: str, seeds: tuple[int, ...]) -> testbed.Student:
     """Distilled by this recipe, one member per seed; kept on disk as long as the sources stay the same."""
-    file = RESULTS / ".partial" / "scott" / f"{name}-{source_digest('scott')}-{'-'.join(map(str, seeds))}.safetensors"
+    file = PARTIAL / f"{name}-{source_digest('scott')}-{'-'.join(map(str, seeds))}.safetensors"
     made = testbed.Student(testbed.mixture_world(), len(seeds))
     if file.exists():
         made.load_state_dict(load_file(file))
         return made.requires_grad_(False)
     say(f"distilling {name}")
-    made = testbed.distil(RECIPES[name], seeds)
+    recipe, _, variant = name.partition(", ")
+    made = testbed.distil(RECIPES[recipe], seeds, **VARIANTS.get(variant, {}))
     with replace_atomically(file) as partial:
         save_file(made.state_dict(), partial)
     return made
 
 
 def mixture_scores(names: Sequence[str], seeds: list[int]) -> Scores:
-    """Samples of every method in every number of steps, measured; kept on disk like the students."""
-    scores: Scores = {}
-    for name in names:
-        file = RESULTS / ".partial" / "scott" / f"{name}-{source_digest('scott')}-{'-'.join(map(str, seeds))}.scores"
-        if not file.exists():
-            made: dict[int, list[dict[str, float]]] = {}
-            for steps in STEPS:
-                points = testbed.samples(student(name, tuple(seeds)), seeds, steps=steps)
-                made[steps] = [testbed.measure(x, seed=s) for x, s in zip(points, seeds, strict=True)]
-            with replace_atomically(file) as partial:
-                partial.write_text(json.dumps(made), encoding="utf-8")
-        scores |= {(name, int(k)): rows for k, rows in json.loads(file.read_text(encoding="utf-8")).items()}
-    return scores
+    """Samples of every method in every number of steps, measured."""
+
+    def measure(name: str) -> list[list[dict[str, float]]]:
+        made = student(name, tuple(seeds))
+        points = [testbed.samples(made, seeds, steps=steps) for steps in STEPS]
+        return [[testbed.measure(x, seed=s) for x, s in zip(each, seeds, strict=True)] for each in points]
+
+    return {
+        (name, steps): rows
+        for name in names
+        for steps, rows in zip(STEPS, kept(name, seeds, functools.partial(measure, name)), strict=True)
+    }
 
 
 def picture(scores: Scores, names: Sequence[str], metrics: dict[str, str], steps: Sequence[int], path: Path) -> str:
@@ -180,23 +208,45 @@ TOY_BARS = {(2, "coverage"): 1.04, (2, "far"): 0.85, (4, "sw2"): 0.85, (4, "cove
 def against_lcm(scores: Scores, names: Sequence[str], seeds: list[int], *, world: str, metrics: dict[str, str],
                 bars: dict[tuple[int, str], float], steps: Sequence[int], better_high: set[str], figure: str,
                 headline: set[tuple[int, str]]) -> list[Claim]:  # fmt: skip
-    """A row for each metric and number of steps, with every method beside SCott."""
+    """A row for each metric and number of steps, with every method beside the first, which is ours; the second is LCM."""
+    ours, lcm = names[:2]
     claims = []
     for metric, label in metrics.items():
         for k in steps:
             middle = {name: median(scores[name, k], metric) for name in names}
             factor = bars.get((k, metric), 1.0)
             up = metric in better_high
-            wanted = factor * middle["LCM"]
-            passed = middle["SCott"] >= wanted if up else middle["SCott"] <= wanted
+            wanted = factor * middle[lcm]
+            passed = middle[ours] >= wanted if up else middle[ours] <= wanted
             claims.append(
                 claim(
                     f"{world}-{metric}-{k}", f"{world}: SCott against LCM, {k} step{'s' if k > 1 else ''}",
-                    label, [row[metric] for row in scores["SCott", k]], {n: middle[n] for n in names if n != "SCott"},
-                    bar=f"{'at least' if up else 'at most'} {factor:g} × LCM", passed=passed, seeds=seeds,
-                    figures=[figure], headline=(k, metric) in headline,
+                    label, [row[metric] for row in scores[ours, k]], {n: middle[n] for n in names if n != ours},
+                    bar=f"{'at least' if up else 'at most'} {factor:g} × LCM; measured {middle[ours] / middle[lcm]:.2f}", passed=passed, seeds=seeds,
+                    figures=[figure], headline=(k, metric) in headline, note=LCM_NOTE,
                 )
             )  # fmt: skip
+    return claims
+
+
+def other_settings(scores: Scores, seeds: list[int]) -> list[Claim]:
+    """Bar B1 again with the learning rate doubled for everybody, and every other way that was tried, a row a bar."""
+    claims = []
+    for (k, metric), factor in TOY_BARS.items():
+        up, label = metric == "coverage", TOY_METRICS[metric]
+        middle = {name: median(scores[name, k], metric) for name in (*RATES, *ATTEMPTS, "SCott", "LCM")}
+        shown = {name: value for name, value in middle.items() if name != RATES[0]}
+        wanted = factor * middle["LCM, twice the rate"]
+        claims.append(
+            claim(
+                f"mixture-other-settings-{metric}-{k}",
+                f"mixture: SCott against LCM, both at twice the learning rate, {k} steps; other attempts beside it", label,
+                [row[metric] for row in scores[RATES[0], k]], shown,
+                bar=f"{'at least' if up else 'at most'} {factor:g} × LCM, twice the rate; "
+                f"measured {middle[RATES[0]] / middle['LCM, twice the rate']:.2f}",
+                passed=middle[RATES[0]] >= wanted if up else middle[RATES[0]] <= wanted, seeds=seeds, note=LCM_NOTE,
+            )
+        )  # fmt: skip
     return claims
 
 
@@ -211,7 +261,7 @@ def sde_or_ode(scores: Scores, seeds: list[int], *, world: str, metric: str, lab
             claim(
                 f"{world}-sde-or-ode-{k}",
                 f"{world}: with the discriminator, SDE noise beats the ODE at {k} step{'s' if k > 1 else ''}", label, ours,
-                others, bar="at most ODE + GAN", passed=statistics.median(ours) <= ode, seeds=seeds, figures=[figure],
+                others, bar=f"at most ODE + GAN; measured {statistics.median(ours) / ode:.2f} of it", passed=statistics.median(ours) <= ode, seeds=seeds, figures=[figure],
             )
         )  # fmt: skip
     return rows
@@ -219,7 +269,7 @@ def sde_or_ode(scores: Scores, seeds: list[int], *, world: str, metric: str, lab
 
 def mixture(seeds: list[int]) -> list[Claim]:
     """Bars B1, B2, B3, B5, the solver question per step count, and late noise."""
-    scores = mixture_scores(METHODS, seeds)
+    scores = mixture_scores(dict.fromkeys((*METHODS, *RATES, *ATTEMPTS)), seeds)
     figure = picture(scores, METHODS, TOY_METRICS, STEPS, RESULTS / "scott" / "mixture.png")
     claims = against_lcm(
         scores, METHODS, seeds, world="mixture", metrics=TOY_METRICS, bars=TOY_BARS, steps=STEPS, better_high={"coverage"},
@@ -228,6 +278,7 @@ def mixture(seeds: list[int]) -> list[Claim]:
     claims += sde_or_ode(
         scores, seeds, world="mixture", metric="sw2", label=TOY_METRICS["sw2"], steps=STEPS, figure=figure
     )
+    claims += other_settings(scores, seeds)
 
     sw2 = {key: median(rows, "sw2") for key, rows in scores.items()}
     one, two, four = (sw2["SCott", k] for k in (1, 2, 4))
@@ -299,9 +350,9 @@ def fixed_points(seeds: list[int]) -> list[Claim]:
         end = ode.solve(z, t, torch.full_like(t, -1), lambda z, t, label=label: world.x0(z, t, label))
         wanted = {"full SDE": world.x0(z, t, label), "ODE": end}
         for name in rms:
-            labels, zs = label.expand(len(seeds), -1), z.expand(len(seeds), -1, -1)
+            made, labels, zs = student(name, tuple(seeds)), label.expand(len(seeds), -1), z.expand(len(seeds), -1, -1)
             with torch.no_grad():
-                jump = student(name, tuple(seeds)).f(labels)(zs, t.expand(len(seeds), -1))[member]
+                jump = made.f(labels)(zs, t.expand(len(seeds), -1))[member]
             rms[name].append(float((jump - wanted[name]).square().sum(1).mean().sqrt()))
         blur.append(float((wanted["full SDE"] - end).square().sum(1).mean().sqrt()))
     unit = "root mean square distance at t = 999, lower is better"
@@ -324,11 +375,21 @@ DIGIT_METRICS = {
 DIGIT_BARS = {(2, "coverage"): 1.03, (4, "coverage"): 1.03, (2, "frechet"): 0.9, (4, "frechet"): 0.9}
 
 
+STOCK = (("DDIMScheduler", 4), ("DPMSolverMultistepScheduler", 4), ("DDIMScheduler", 20))
+"""Samplers of the digits' teacher, and their steps."""
+
+
+def _stock(name: str, steps: int, seeds: list[int]) -> list[dict[str, float]]:
+    options = {"clip_sample": False} if name == "DDIMScheduler" else {}
+    scheduler = stock(name, timestep_spacing="trailing", **options)
+    return [digits.measure(digits.teacher_samples(scheduler, steps=steps, seed=s)) for s in seeds]
+
+
 def digit_scores(name: str, seeds: list[int]) -> Scores:
-    """Three seeds of one recipe, kept on disk as they come."""
+    """A recipe's samples, a seed after the other, kept on disk as they come, and what they measure."""
     scores: Scores = {(name, k): [] for k in STEPS[:3]}
     for seed in seeds:
-        file = RESULTS / ".partial" / "scott" / f"digits-{name}-{source_digest('scott')}-{seed}.safetensors"
+        file = PARTIAL / f"digits-{name}-{source_digest('scott')}-{seed}.safetensors"
         if not file.exists():
             say(f"distilling digits: {name}, seed {seed}")
             trainer = digits.distil(RECIPES[name], seed)
@@ -356,14 +417,10 @@ def handwriting(seeds: list[int]) -> list[Claim]:
     claims += sde_or_ode(
         scores, seeds, world="digits", metric="frechet", label=DIGIT_METRICS["frechet"], steps=steps, figure=figure
     )
-    peers = {}
-    for name, scheduler in (
-        ("teacher, DDIMScheduler", stock("DDIMScheduler", clip_sample=False, timestep_spacing="trailing")),
-        ("teacher, DPMSolverMultistepScheduler", stock("DPMSolverMultistepScheduler", timestep_spacing="trailing")),
-    ):
-        for k in (4, 50):
-            runs = [digits.measure(digits.teacher_samples(scheduler, steps=k, seed=s)) for s in seeds]
-            peers[f"{name}, {k} steps"] = median(runs, "frechet")
+    peers = {
+        f"teacher, {name}, {k} steps": median(kept(f"digits {name} {k}", seeds, functools.partial(_stock, name, k, seeds)), "frechet")
+        for name, k in STOCK
+    }  # fmt: skip
     four = [row["frechet"] for row in scores["SCott", 4]]
     claims.append(
         claim(
@@ -397,9 +454,33 @@ def full_size(seeds: list[int]) -> list[Claim]:
     ]  # fmt: skip
 
 
+def prepare(part: str, seeds: list[int]) -> None:
+    """Part i of n, `i/n`, of what is kept on disk, so that several processes can share the work."""
+    i, n = map(int, part.split("/"))
+    jobs: list[Callable[[], object]] = [
+        functools.partial(mixture_scores, [name], seeds) for name in dict.fromkeys((*METHODS, *RATES, *ATTEMPTS))
+    ]
+    jobs += [functools.partial(digit_scores, name, [seed]) for seed in seeds for name in DIGIT_METHODS]
+    jobs.append(functools.partial(student, "full SDE", tuple(seeds)))
+    world = testbed.mixture_world()
+    jobs += [
+        functools.partial(kept, f"marginal {noise}", seeds, functools.partial(_ratios, world, noise, seeds))
+        for noise in NOISE_FUNCTIONS
+    ]
+    jobs += [
+        functools.partial(kept, f"digits {name} {k}", seeds, functools.partial(_stock, name, k, seeds))
+        for name, k in STOCK
+    ]
+    for job in jobs[i::n]:
+        job()
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--part"]:
+        prepare(sys.argv[2], [0, 1, 2])
+        sys.exit()
     run_benchmark(
         "scott",
-        [mixture, fixed_points, marginals, handwriting, full_size],
+        [mixture, fixed_points, marginals, handwriting, full_size, help_time("scott", PAPER)],
         libraries=["diffusers", "peft", "accelerate"],
     )

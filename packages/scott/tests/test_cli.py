@@ -34,6 +34,20 @@ def test_help_does_not_import_torch():
     assert "solver-check" in run("--help").output
 
 
+def test_every_option_says_what_it_is_for_and_every_command_shows_an_example():
+    from typer.main import get_command
+
+    commands = get_command(app).commands
+    bare = [
+        f"{name} {parameter.name}"
+        for name, command in commands.items()
+        for parameter in command.params
+        if not getattr(parameter, "hidden", False) and not getattr(parameter, "help", None)
+    ]
+    assert len(commands) == 9 and not bare
+    assert all(command.epilog.startswith("Example: scott ") for command in commands.values())
+
+
 def test_public_names_are_importable():
     import scott
 
@@ -47,7 +61,7 @@ def student(sd_folder, images, tmp_path_factory):
     """prepare-latents and train, as in the README."""
     folder = tmp_path_factory.mktemp("cli")
     made = run("prepare-latents", images, "--model", sd_folder, "--output", folder / "latents", "--size", 16, "--json",
-               "--device", "cpu")  # fmt: skip
+               "--batch-size", 4, "--device", "cpu")  # fmt: skip
     assert json.loads(made.stdout) == {"latents": 6, "shape": "4x8x8", "folder": str(folder / "latents")}
     (folder / "c.yaml").write_text(
         f"model: {sd_folder}\ndataset: {folder / 'latents'}\nrank: 2\ndisc_rank: 2\nbatch: 2\niterations: 3\nguidance: 2\n"
@@ -142,7 +156,9 @@ def test_solver_check(sd_folder):
 
 
 def test_bench_of_both_worlds():
-    toy = json.loads(run("bench", "toy", "--solver", "ode", "--no-gan", "--iterations", 2, "--json").stdout)
+    toy = json.loads(
+        run("bench", "toy", "--solver", "ode", "--no-gan", "--iterations", 2, "--lr", 1e-3, "--json").stdout
+    )
     assert [row["steps"] for row in toy] == [1, 2, 4, 8] and {"sw2", "coverage", "far"} <= set(toy[0])
 
 

@@ -1,5 +1,7 @@
 """Consistency functions, sampling and the adversary, against diffusers and closed forms."""
 
+import itertools
+
 import pytest
 import torch
 from scott import GaussianMixture, NoiseSchedule, SDESolver, multistep, sampling_times
@@ -94,6 +96,27 @@ def test_the_target_carries_no_gradient_and_averages_draws(schedule):
     assert float((many - mean).abs().max()) < 0.04 < float((one - mean).abs().max())
     noise_free = stochastic_target(SDESolver(schedule, "ode"), z, draws=3, **settings)
     assert torch.allclose(noise_free, stochastic_target(SDESolver(schedule, "ode"), z, **settings), atol=1e-6)
+
+
+def test_the_target_is_the_average_at_t_m_of_the_solved_state(schedule):
+    """With h = 3 and no noise, by hand: three DDIM steps of the teacher, then f at t_m and nowhere else."""
+    z, (t_n, t_m) = torch.randn(2, 2), (torch.tensor([500, 19]), torch.tensor([476, 0]))
+    called = []
+
+    def f(z, t):
+        called.append(t)
+        return 3 * z + t[:, None]
+
+    target = stochastic_target(
+        SDESolver(schedule, "ode", substeps=3), z, t_n=t_n, t_m=t_m, teacher=lambda z, t: z / 5, target=f
+    )
+    assert len(called) == 1 and torch.equal(called[0], t_m)
+    alpha, sigma = schedule.alpha(torch.arange(1000)), schedule.sigma(torch.arange(1000))
+    for i, grid in enumerate([(500, 492, 484, 476), (19, 13, 6, 0)]):
+        end = z[i].double()
+        for t, s in itertools.pairwise(grid):
+            end = alpha[s] * end / 5 + sigma[s] * (end - alpha[t] * end / 5) / sigma[t]
+        assert torch.allclose(target[i].double(), 3 * end + grid[-1], atol=1e-5)
 
 
 def test_full_noise_makes_the_posterior_mean_a_fixed_point(schedule):

@@ -15,7 +15,7 @@ from tenfold_shared.hub import load_pipeline
 
 
 def test_latents_are_the_vaes_and_survive_the_disk(sd, images, tmp_path):
-    dataset = prepare_latents(read_images(images), sd.vae, tmp_path / "latents", size=16, batch=4, shard=4)
+    dataset = prepare_latents(read_images(images), sd.vae, tmp_path / "latents", size=16, batch_size=4, shard=4)
     assert len(dataset) == 6 and sorted(p.name for p in (tmp_path / "latents").iterdir())[1:] == [
         "latents-00000.safetensors", "latents-00001.safetensors",
     ]  # fmt: skip

@@ -75,9 +75,13 @@ def test_frechet_is_the_closed_form_of_gaussians():
     cov_real, cov_fake = torch.cov(real.T).numpy(), torch.cov(fake.T).numpy()
     gap = float((real.mean(0) - fake.mean(0)).square().sum())
     expected = gap + float((cov_real + cov_fake - 2 * sqrtm(cov_real @ cov_fake).real).trace())
-    assert frechet_distance(real, fake) == pytest.approx(expected, rel=1e-4)
-    assert frechet_distance(real, real) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(real, real + 2) == pytest.approx(4 * 6, rel=1e-4)
+    assert frechet_distance(real, fake) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(real, real) == pytest.approx(0, abs=1e-12)
+    assert frechet_distance(real, real + 2) == pytest.approx(4 * 6, rel=1e-6)  # real + 2 is rounded to float32
+    # Fewer samples than features: the covariances are singular, and tr(C + 9 C − 2 · 3 C) = 4 tr C.
+    wide = sets(n=40, d=64)[0].double()
+    expected = 4 * float(wide.mean(0).square().sum() + torch.cov(wide.T).trace())
+    assert frechet_distance(wide, 3 * wide) == pytest.approx(expected, rel=1e-6)
 
 
 def test_vendi_counts_different_samples():

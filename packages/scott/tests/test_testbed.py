@@ -37,7 +37,7 @@ def test_the_shipped_denoiser_is_close_to_the_posterior_mean_and_its_recipe_runs
 
 
 def test_distillation_brings_the_student_to_the_ode():
-    """At t = 199 a short run already lowers the distance from the denoiser to the end point of the ODE."""
+    """At t = 199 a tenth of a run already takes an eighth off the distance from the denoiser to the ODE's end point."""
     mixture = testbed.mixture_world()
     x, label = mixture.sample(1000, generator=torch.Generator().manual_seed(0))
     t = torch.full((1000,), 199)
@@ -50,7 +50,17 @@ def test_distillation_brings_the_student_to_the_ode():
             return float((student.f(label[None])(z[None], t[None])[0] - end).square().mean().sqrt())
 
     student = testbed.distil(RECIPES["LCM"], [0], iterations=200, batch=128)
-    assert error(student) < error(testbed.pretrained(1))
+    assert error(student) < 0.875 * error(testbed.pretrained(1))
+
+
+def test_the_discriminator_brings_samples_onto_the_data():
+    """A tenth of a run with the same solver and seeds: the share of strays of one step falls by a quarter."""
+    seeds = [10, 11]
+    strays = {}
+    for name in ("ODE", "ODE + GAN"):
+        student = testbed.distil(RECIPES[name], seeds, iterations=200, batch=128)
+        strays[name] = testbed.mixture_world().far(testbed.samples(student, seeds, steps=1, n=1000).flatten(0, 1))
+    assert strays["ODE + GAN"] < 0.75 * strays["ODE"]
 
 
 def test_recipes_are_what_they_are_called():
@@ -58,6 +68,11 @@ def test_recipes_are_what_they_are_called():
     scott, ode = RECIPES["SCott"], RECIPES["ODE + GAN"]
     assert scott.gan and scott.solver == "er-sde" and scott.noise == "sde5" and scott.substeps == 3
     assert ode.gan and ode.solver == "ode" and ode.substeps == 3
+    late = RECIPES["late noise"].make_solver(testbed.mixture_world().schedule)
+    t, s = torch.tensor([399, 400]), torch.tensor([391, 392])
+    sde, none = RECIPES["SDE 5"].make_solver(late.schedule), RECIPES["ODE"].make_solver(late.schedule)
+    assert torch.equal(late.coefficient(t, s)[:1], sde.coefficient(t, s)[:1])
+    assert torch.equal(late.coefficient(t, s)[1:], none.coefficient(t, s)[1:])
     assert RECIPES["late noise"].noise_below == 400 and RECIPES["late noise + GAN"].gan
 
 
@@ -94,4 +109,4 @@ def test_digits_distil_with_the_real_trainer(name):
 
 def test_measures_of_the_data_itself_are_perfect():
     scores = digits.measure(digits.digits()[0])
-    assert scores["frechet"] == pytest.approx(0, abs=1e-3) and scores["coverage"] == 1.0 and scores["label"] > 0.97
+    assert scores["frechet"] == pytest.approx(0, abs=1e-9) and scores["coverage"] == 1.0 and scores["label"] > 0.97

@@ -12,6 +12,7 @@ import torch
 from scott import AdapterStates, LatentDataset, LoRADiscriminator, NoiseSchedule, SCottConfig, SCottTrainer
 from scott.adapters import TEACHER, count
 from scott.conditioners import ClassConditioner
+from scott.consistency import consistency_function
 from scott.train import STUDENT, TARGET, with_guidance_input
 from tenfold_shared.errors import UserError
 
@@ -179,10 +180,77 @@ def test_warmup_leaves_the_student_alone(class_unet):
 
 
 def test_the_discriminator_learns_to_tell(class_unet):
-    """With the student frozen, the hinge loss of D falls."""
-    trainer = class_trainer(class_unet, disc_warmup=15, iterations=15, disc_lr=1e-2, batch=8)
-    history = trainer.fit(dataset())
-    assert history[-1]["d"] < history[0]["d"] - 0.05
+    """With the student frozen, the hinge loss of D falls from 2, where it knows nothing, well below."""
+    trainer = class_trainer(class_unet, disc_warmup=30, iterations=30, disc_lr=1e-2, batch=8)
+    losses = [terms["d"] for terms in trainer.fit(dataset())]
+    assert losses[0] == pytest.approx(2, abs=0.1) and sum(losses[-5:]) / 5 < 1.2
+
+
+def test_the_consistency_loss_is_between_student_and_average(class_unet):
+    """Every pass in its own adapter state, written out for one ODE step: teacher, average, student."""
+    trainer = class_trainer(class_unet, solver="ode", substeps=1, loss="l2", ema=0.5)
+    trainer.fit(dataset())
+    batch, schedule = trainer._draw(dataset(), range(4)), trainer.schedule
+    z = schedule.add_noise(batch.x, batch.noise, batch.t_n)
+
+    def x0(state, z, t):
+        trainer.states.use(state)
+        with torch.no_grad():
+            return schedule.predict_x0(trainer.unet(z, t, **batch.condition).sample, z, t)
+
+    before = trainer.solver.step(z, batch.t_n, batch.t_m, x0(TEACHER, z, batch.t_n))
+    target = consistency_function(lambda z, t: x0(TARGET, z, t))(before, batch.t_m)
+    jump = consistency_function(lambda z, t: x0(STUDENT, z, t))(z, batch.t_n)
+    expected = float((jump - target).square().flatten(1).mean(1).sum())
+    assert trainer._losses(batch, 1.0)["cd"] == pytest.approx(expected, rel=1e-5)
+
+
+def gradient(trainer):
+    """Of the student, from one pass of the present iteration's batch."""
+    for parameter in trainer.student_parameters:
+        parameter.grad = None
+    trainer._losses(trainer._draw(dataset(), range(4)), 1.0)
+    return torch.cat([p.grad.flatten() for p in trainer.student_parameters])
+
+
+@pytest.mark.parametrize("student", ["lora", "full"])
+def test_the_generator_term_is_minus_the_discriminators_score(class_unet, student):
+    """What the adversarial weight adds to the student's gradient is that of −λ_adv Σ D(f(z)), written out."""
+    trainer = class_trainer(class_unet, student=student, loss="l2")
+    trainer.fit(dataset())
+    added = []
+    for weight in (0.0, 100.0):
+        trainer.config = trainer.config.model_copy(update={"adv_weight": weight})
+        added.append(gradient(trainer))
+    batch = trainer._draw(dataset(), range(4))
+    z = trainer.schedule.add_noise(batch.x, batch.noise, batch.t_n)
+    # One graph through the same U-Net in both states: autograd keeps the weights of the state each pass was made in.
+    score = trainer.discriminator(trainer.consistency(STUDENT, batch)(z, batch.t_n), batch.t_n, batch.condition).sum()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(-100 * score, trainer.student_parameters)])
+    assert float((added[1] - added[0] - expected).norm()) < 1e-3 * float(expected.norm())
+
+
+def test_the_student_learns_to_please_a_discriminator_that_has_learnt(class_unet):
+    """D first, alone; then the student alone: the score of its own jumps rises, on the same batch before and after."""
+    trainer = class_trainer(class_unet, disc_warmup=30, iterations=30, disc_lr=1e-2, batch=8)
+    trainer.fit(dataset())
+    batch = trainer._draw(dataset(), range(8))
+    z = trainer.schedule.add_noise(batch.x, batch.noise, batch.t_n)
+
+    def scores():
+        with torch.no_grad():
+            jump = trainer.consistency(STUDENT, batch)(z, batch.t_n)
+            return [float(trainer.discriminator(x, batch.t_n, batch.condition).mean()) for x in (batch.x, jump)]
+
+    real, fake = scores()
+    assert real > fake + 0.5  # it has learnt
+    trainer.config = trainer.config.model_copy(
+        update={"disc_warmup": 0, "iterations": 60, "adv_weight": 100.0, "lr": 1e-2}
+    )
+    trainer.optimizers = trainer.optimizers[:1]
+    trainer.fit(dataset())
+    real_after, fake_after = scores()
+    assert real_after == real and fake_after > fake + 0.25
 
 
 def test_stable_diffusion_student_with_an_omega_input(sd):

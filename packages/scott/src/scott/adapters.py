@@ -7,7 +7,7 @@ the untouched teacher's, bit for bit, whatever the adapters have learnt.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tenfold_shared.errors import UserError
@@ -31,6 +31,7 @@ class AdapterStates:
         self.unet = unet.requires_grad_(False).eval()
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._trainable: list[nn.Parameter] = []
+        self._layers: list[Any] = []
         self._state = TEACHER
 
     def add(
@@ -52,6 +53,7 @@ class AdapterStates:
         """
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         if name in self._parameters or name == TEACHER:
             raise UserError(f"the adapter '{name}' exists already")
@@ -74,23 +76,19 @@ class AdapterStates:
             parameter.data = parameter.data.float()
         self._parameters[name] = [p.requires_grad_(trainable) for _, p in own]
         self._trainable += self._parameters[name] if trainable else []
+        self._layers = [module for module in self.unet.modules() if isinstance(module, BaseTunerLayer)]
         self.use(TEACHER)
         return self._parameters[name]
 
     def use(self, state: str) -> None:
         """Switch to an adapter, or to the teacher (`off`). Raises UserError when there is no such adapter."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         if state != TEACHER and state not in self._parameters:
             have = ", ".join(self._parameters) or "none"
             raise UserError(f"the U-Net has no adapter '{state}'", hint=f"adapters: {have}")
-        for module in self.unet.modules():
-            if isinstance(module, BaseTunerLayer):
-                if state == TEACHER:
-                    module.enable_adapters(False)
-                else:
-                    module.enable_adapters(True)
-                    module.set_adapter(state, inference_mode=True)
+        for layer in self._layers:
+            layer.enable_adapters(state != TEACHER)
+            if state != TEACHER:
+                layer.set_adapter(state, inference_mode=True)
         # Switching freezes whatever is not in use, and a frozen leaf silently loses the gradient of a pass made before.
         for parameter in self._trainable:
             parameter.requires_grad_(True)

@@ -56,7 +56,7 @@ def prepare_latents(
     model: Model = None,
     output: Output = Path("latents"),
     size: Annotated[int, typer.Option(help="Pixels of the side.", min=8)] = 512,
-    batch: Annotated[int, typer.Option(min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="Images that the VAE encodes at once.", min=1)] = 8,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -70,7 +70,7 @@ def prepare_latents(
         raise UserError(f"'{images}' does not exist", hint="pass a folder of images, a tar, or a hub id")
     pipe = _pipeline(model, _device(device))
     found = track(read_images(images), description="encoding", console=console)
-    dataset = prepare(found, pipe.vae, output, size=size, batch=batch)
+    dataset = prepare(found, pipe.vae, output, size=size, batch_size=batch_size)
     emit({"latents": len(dataset), "shape": "x".join(map(str, dataset[0][0].shape)), "folder": str(output)}, json)
 
 
@@ -126,7 +126,7 @@ def sample(
     more: More = None,
     model: Model = None,
     student: Annotated[Path | None, typer.Option(help="Folder that training wrote.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt a line.", dir_okay=False)] = None,
     steps: Annotated[list[str] | None, typer.Option(help="Numbers of steps: --steps 1 2 4 8.")] = None,
     guidance: Annotated[float | None, typer.Option(help="ω, for a student with an ω input.")] = None,
@@ -266,7 +266,7 @@ def solver_check(
     model: Annotated[
         str | None, typer.Option(help="Take the noise schedule from this pipeline's scheduler, not Stable Diffusion's.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=100)] = 4000,
+    samples: Annotated[int, typer.Option(help="Points of each of the 16 sets that are compared.", min=50)] = 1000,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -296,10 +296,13 @@ def bench(
     solver: Annotated[str, typer.Option(help="ode, ddim-eta or er-sde.")] = "er-sde",
     noise: Annotated[str, typer.Option(help="Noise function of er-sde.")] = "sde5",
     eta: Annotated[float, typer.Option(help="η of ddim-eta.")] = 0.0,
-    substeps: Annotated[int, typer.Option(min=1)] = 3,
+    substeps: Annotated[int, typer.Option(help="Solver steps h of one target.", min=1)] = 3,
     noise_below: Annotated[int | None, typer.Option(help="Noise only below this time step.", min=1)] = None,
     gan: Annotated[bool, typer.Option("--gan/--no-gan", help="With the discriminator.")] = True,
-    iterations: Annotated[int | None, typer.Option(help="1000 for toy, 100 for digits when not given.", min=1)] = None,
+    iterations: Annotated[int | None, typer.Option(help="As in the benchmark when not given.", min=1)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the student.", min=0)] = None,
+    disc_lr: Annotated[float | None, typer.Option(help="Learning rate of the discriminator.", min=0)] = None,
+    adv_weight: Annotated[float | None, typer.Option(help="Weight of the adversarial term.", min=0)] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -307,16 +310,18 @@ def bench(
     from scott.recipes import Recipe
 
     recipe = Recipe("bench", solver, noise, eta, substeps, noise_below, gan)
+    given: dict[str, Any] = {"iterations": iterations, "lr": lr, "disc_lr": disc_lr, "adv_weight": adv_weight}
+    given = {name: value for name, value in given.items() if value is not None}
     rows: list[dict[str, float]] = []
     if world == "toy":
         from scott.testbed import distil, measure, samples
 
-        student = distil(recipe, [seed], iterations=iterations or 1000)
+        student = distil(recipe, [seed], **given)
         rows = [measure(samples(student, [seed], steps=count)[0], seed=seed) for count in (1, 2, 4, 8)]
     elif world == "digits":
         from scott import digits
 
-        trainer = digits.distil(recipe, seed, iterations=iterations or 100)
+        trainer = digits.distil(recipe, seed, **given)
         labels = digits.digits()[1].tolist()
         rows = [digits.measure(trainer.sample(labels, steps=count, seed=seed)) for count in (1, 2, 4, 8)]
     else:
@@ -337,7 +342,7 @@ def build_testbed(output: Output = Path("weights"), json: Json = False) -> None:
 
 @app.command(epilog="Example: scott demo --output out/scott --seed 0")
 def demo(output: Output = Path("out/scott"), seed: Seed = 0, json: Json = False) -> None:
-    """Distil the mixture in five ways and draw what 1, 2, 4 and 8 steps give; about a minute and a half."""
+    """Distil the mixture in five ways and draw what 1, 2, 4 and 8 steps give; about a minute."""
     from scott.demo import run
 
     output.mkdir(parents=True, exist_ok=True)

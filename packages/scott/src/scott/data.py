@@ -99,13 +99,13 @@ def prepare_latents(
     folder: str | Path,
     *,
     size: int,
-    batch: int = 8,
+    batch_size: int = 8,
     shard: int = 4096,
 ) -> LatentDataset:
     """Encode images and write them as a LatentDataset, whole or not at all.
 
     images: (PIL image, caption) pairs. vae: an AutoencoderKL; the mode of its posterior is kept, times its scaling factor.
-    size: pixels of the side; images are scaled and cropped about the middle. batch: images of one pass.
+    size: pixels of the side; images are scaled and cropped about the middle. batch_size: images of one pass.
 
     Raises UserError when there are no images.
     """
@@ -126,7 +126,7 @@ def prepare_latents(
                 shards.append({"file": name, "rows": len(joined[:shard])})
                 waiting = [joined[shard:]] if len(joined) > shard else []
 
-        for group in _groups(images, batch):
+        for group in _groups(images, batch_size):
             pixels = torch.stack([_pixels(image, size) for image, _ in group])
             waiting.append(encode(vae, pixels).half().cpu())
             captions += [caption for _, caption in group]

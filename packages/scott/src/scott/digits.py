@@ -156,7 +156,10 @@ def distil(
     seed: int,
     *,
     iterations: int = 100,
+    batch: int = 32,
+    lr: float = 2e-4,
     adv_weight: float = 0.1,
+    disc_lr: float = 1e-3,
     progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> SCottTrainer:
     """Distil the shipped teacher, without guidance; returns the trained trainer, ready to sample."""
@@ -164,7 +167,7 @@ def distil(
     config = SCottConfig.of(dict(
         solver=recipe.solver, noise=recipe.noise, eta=recipe.eta, substeps=recipe.substeps,
         noise_below=recipe.noise_below, adv_weight=adv_weight if recipe.gan else 0.0, guidance=1.0, loss="l2",
-        student="full", lr=2e-4, disc_lr=1e-3, disc_rank=8, lr_schedule="cosine", batch=32, iterations=iterations,
+        student="full", lr=lr, disc_lr=disc_lr, disc_rank=8, lr_schedule="cosine", batch=batch, iterations=iterations,
         seed=seed,
     ))  # fmt: skip
     trainer = SCottTrainer(

@@ -91,11 +91,15 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     if min(len(real), len(fake)) < 2:
         raise UserError("the Fréchet distance needs two samples or more of both sets")
     cov_real, cov_fake = (torch.atleast_2d(torch.cov(value.T)) for value in (real, fake))
-    values, vectors = torch.linalg.eigh(cov_real)
-    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_fake @ root).clamp(min=0).sqrt().sum()
+    # tr (C_r C_f)^½ is the sum of the singular values of C_r^½ C_f^½; a root of C_r C_f itself would lose half the digits.
+    cross = torch.linalg.svdvals(_root(cov_real) @ _root(cov_fake)).sum()
     gap = (real.mean(0) - fake.mean(0)).square().sum()
     return float(gap + cov_real.trace() + cov_fake.trace() - 2 * cross)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
 def vendi_score(features: Tensor) -> float:

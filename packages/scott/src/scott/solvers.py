@@ -149,7 +149,7 @@ class SDESolver:
     def coefficient(self, t: Tensor, s: Tensor) -> Tensor:
         """r of the step from t to s, float64 (*batch). t, s: long (*batch), s ≤ t, s = −1 for clean data.
 
-        Raises UserError when a custom r is outside [0, λ_s/λ_t].
+        Raises UserError when a custom r is outside [0, λ_s/λ_t], or a noise strength outside [0, 1].
         """
         lam_t, lam_s = self.schedule.lam(t), self.schedule.lam(s)
         ode = lam_s / lam_t
@@ -158,6 +158,8 @@ class SDESolver:
         r = self._unscaled(t, s, lam_t, lam_s, ode)
         if self._strength is not None:
             k = self._strength(t)
+            if bool(((k < 0) | (k > 1) | torch.isnan(k)).any()):
+                raise UserError(f"noise strength of {float(k.min()):.4g} to {float(k.max()):.4g}, expected 0 to 1")
             r = ode ** (1 - k) * r**k
         return r
 

@@ -26,6 +26,8 @@ from scott.schedule import NoiseSchedule
 from scott.solvers import PredictX0
 
 DENOISER = "mixture_denoiser.safetensors"
+ITERATIONS, BATCH = 2000, 256
+"""Length of a distillation."""
 
 
 class MemberLinear(nn.Module):
@@ -150,15 +152,19 @@ def distil(
     seeds: Sequence[int],
     *,
     start: Student | None = None,
-    iterations: int = 1000,
-    batch: int = 128,
+    iterations: int = ITERATIONS,
+    batch: int = BATCH,
     skip: int = 24,
-    adv_weight: float = 0.01,
+    lr: float = 5e-4,
+    adv_weight: float = 0.04,
+    disc_lr: float = 1e-3,
+    scale: float = 6.0,
     progress: Callable[[int], None] | None = None,
 ) -> Student:
-    """Distil the exact mixture into one student per seed; what is returned is the average of its last 100 or so weights.
+    """Distil the exact mixture into one student per seed; what is returned is the average that the targets come from.
 
-    start: where the students start from, the shipped denoiser when not given. progress: called with every iteration.
+    start: where the students start from, the shipped denoiser when not given. lr, disc_lr: of student and discriminator,
+    falling to 0 along a cosine. adv_weight: λ_adv. progress: called with every iteration.
 
     Raises UserError when a loss is not finite.
     """
@@ -166,17 +172,15 @@ def distil(
     schedule, solver = mixture.schedule, recipe.make_solver(mixture.schedule)
     student, average = start or pretrained(members), Student(mixture, members)
     average.load_state_dict(student.state_dict())
-    slow = Student(mixture, members)
-    slow.load_state_dict(student.state_dict())
     data = [torch.Generator().manual_seed(1000 * seed + 1) for seed in seeds]
     noise = [torch.Generator().manual_seed(1000 * seed + 2) for seed in seeds]
     judge = MemberMLP(
-        (96, 96), 1, classes=mixture.classes, waves=32,
+        (96, 96), 1, classes=mixture.classes, waves=32, scale=scale,
         generators=[torch.Generator().manual_seed(1000 * seed + 3) for seed in seeds],
     )  # fmt: skip
-    optimizers = [torch.optim.Adam(student.parameters(), lr=1e-3, fused=True)]
+    optimizers = [torch.optim.Adam(student.parameters(), lr=lr, fused=True)]
     if recipe.gan:
-        optimizers.append(torch.optim.Adam(judge.parameters(), lr=2e-3, betas=(0.0, 0.99), fused=True))
+        optimizers.append(torch.optim.Adam(judge.parameters(), lr=disc_lr, betas=(0.0, 0.99), fused=True))
     plans = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations) for optimizer in optimizers]
 
     for iteration in range(iterations):
@@ -213,10 +217,9 @@ def distil(
         for plan in plans:
             plan.step()
         update_average(list(average.parameters()), [p.detach() for p in student.parameters()], 0.95)
-        update_average(list(slow.parameters()), [p.detach() for p in student.parameters()], 0.99)
         if progress:
             progress(iteration)
-    return slow.requires_grad_(False)
+    return average.requires_grad_(False)
 
 
 def _teacher(mixture: GaussianMixture, label: Tensor, z: Tensor, t: Tensor) -> Tensor:
