@@ -210,3 +210,8 @@ def test_serve_args_are_json_that_vllm_reads():
     assert "ngram" in " ".join(serve_args("big", None))
     with pytest.raises(UserError, match="no setting"):
         serve_args("big", None, settings={"x": 1})
+    resting = serve_args("big", "small", rest=True)
+    assert resting[resting.index("--worker-cls") + 1] == "smartspec.vllm_drafter.SmartSpecWorker"
+    assert "--no-async-scheduling" in resting and "--worker-cls" not in words
+    with pytest.raises(UserError, match="no draft model"):
+        serve_args("big", None, rest=True)

@@ -76,14 +76,15 @@ class VllmServer:
     """A vLLM on this machine, in this process; one per process.
 
     target, draft: folders or hub ids; draft may be "prompt_lookup", or None for an engine without any drafter.
-    settings: of the plug-in. kwargs: of `vllm.LLM`.
+    rest: a draft model runs only in steps that draft (`smartspec.vllm_drafter`). settings: of the plug-in. kwargs: of
+    `vllm.LLM`.
 
     Raises UserError when vLLM is not installed.
     """
 
     def __init__(
         self, target: str, draft: str | None, *, max_draft_len: int = 6, max_num_seqs: int = 16,
-        settings: dict[str, Any] | None = None, clock: Clock = time.process_time, **kwargs: Any,
+        rest: bool = True, settings: dict[str, Any] | None = None, clock: Clock = time.process_time, **kwargs: Any,
     ) -> None:  # fmt: skip
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -103,6 +104,8 @@ class VllmServer:
                 speculative.update(method="ngram", prompt_lookup_max=3, prompt_lookup_min=1)
             else:
                 speculative.update(method="draft_model", model=draft)
+                if rest:
+                    options["worker_cls"] = "smartspec.vllm_drafter.SmartSpecWorker"
             options.update(
                 speculative_config=speculative,
                 scheduler_cls="smartspec.vllm_plugin.SmartSpecScheduler",

@@ -375,13 +375,19 @@ def _own(request: Any) -> dict[str, Any]:
 
 
 def serve_args(
-    target: str, draft: str | None, *, max_draft_len: int = 5, settings: Mapping[str, Any] | None = None
+    target: str,
+    draft: str | None,
+    *,
+    max_draft_len: int = 5,
+    settings: Mapping[str, Any] | None = None,
+    rest: bool = False,
 ) -> list[str]:
     """The arguments of `vllm serve` that run this controller in a stock vLLM.
 
-    draft: a model, or None for prompt lookup. settings: as `Settings`.
+    draft: a model, or None for prompt lookup. settings: as `Settings`. rest: a draft model runs only in steps that draft,
+    for which scheduling has to be synchronous (`smartspec.vllm_drafter`).
 
-    Raises UserError for settings that do not exist.
+    Raises UserError for settings that do not exist, and for rest without a draft model.
     """
     import json
 
@@ -397,9 +403,12 @@ def serve_args(
     speculative["num_speculative_tokens_per_batch_size"] = [
         [i + 1, i + 1 if i + 1 < len(spread) else 4096, k] for i, k in enumerate(spread)
     ]
+    if rest and draft is None:
+        raise UserError("prompt lookup has no draft model that could rest", hint="pass a draft model")
     return [
         "vllm", "serve", target,
         "--scheduler-cls", "smartspec.vllm_plugin.SmartSpecScheduler",
+        *(("--worker-cls", "smartspec.vllm_drafter.SmartSpecWorker", "--no-async-scheduling") if rest else ()),
         "--speculative-config", json.dumps(speculative),
         "--additional-config", json.dumps({"smartspec": dict(settings or {})}),
     ]  # fmt: skip
