@@ -30,7 +30,7 @@ _WORKER: Any = resolve_obj_by_qualname(
 )
 
 
-class RestingDraftModel(DraftModelProposer):  # type: ignore[misc]
+class RestingDraftModel(DraftModelProposer):
     """vLLM's draft model, run only in steps that draft.
 
     wanted: how many drafts the step in progress asks for; the worker says so before the step.
@@ -118,7 +118,7 @@ class RestingDraftModel(DraftModelProposer):  # type: ignore[misc]
         self.taken_in += count
 
 
-class SmartSpecWorker(_WORKER):  # type: ignore[misc]
+class SmartSpecWorker(_WORKER):
     """vLLM's worker with a draft model that rests."""
 
     resting: RestingDraftModel | None = None
@@ -127,7 +127,7 @@ class SmartSpecWorker(_WORKER):  # type: ignore[misc]
     def init_device(self) -> None:
         super().init_device()
         runner = self.model_runner
-        drafter = getattr(runner, "drafter", None)
+        drafter: Any = getattr(runner, "drafter", None)
         if type(drafter) is not DraftModelProposer or runner.use_async_scheduling or drafter.use_heterogeneous_vocab:
             log.warning("the drafter runs at k = 0 too: it rests with a draft model and --no-async-scheduling only")
             return
