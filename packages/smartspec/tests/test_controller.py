@@ -292,8 +292,8 @@ def test_a_gain_below_the_least_one_is_not_worth_it(rho):
 
 def test_a_probe_that_costs_too_much_is_left_out():
     """Only what a probe loses beyond what it is sure to bring counts: below a quarter of a step."""
-    cheap, dear = (GoodputController(roofline(draft), 8, seed=1) for draft in (2.0, 8.0))
-    for controller, draft in ((cheap, 2.0), (dear, 8.0)):
+    cheap, dear = (GoodputController(roofline(draft), 8, seed=1) for draft in (2.0, 12.0))
+    for controller, draft in ((cheap, 2.0), (dear, 12.0)):
         feed(controller, 0.0, 400, cost=roofline(draft))
     assert cheap.probes > 1 and dear.probes == 0
 
