@@ -12,6 +12,7 @@ from smartspec import (
     Oracle,
     PiecewiseCostModel,
     Workload,
+    expected_length,
     paper_controller,
     simulate,
 )
@@ -39,6 +40,21 @@ def test_three_requests_equal_the_recursion_by_hand():
     alone = t(0, 10) + t(10, 1) + t(11, 1)
     assert report.latency[2] == pytest.approx(alone)
     assert report.ttft == pytest.approx([first, both - 5.0, first])
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_that_take_their_time():
+    report = simulate(NoSpeculation(), QUIET, Workload(arrivals=(0.0,), prompt=3000, output=2, length_std=0.0))
+    t = lambda ctx, n: QUIET.step_ms(ctx, n, 0, 0)  # noqa: E731
+    assert t(0, 2048) > 10 * t(0, 1)
+    assert report.ttft == pytest.approx([t(0, 2048) + t(2048, 952)])
+    assert report.latency == pytest.approx(report.ttft + t(3000, 1))
+
+
+def test_a_step_ends_at_the_first_rejection():
+    work = Workload(arrivals=(0.0,) * 64, output=400, length_std=0.0, acceptance=((0.0, 0.5),))
+    trace = simulate(FixedLength(3), replace(A100, kv_tokens=10**6), work, seed=5).trace
+    full = trace[trace[:, 1] == 64]
+    assert (full[:, 3] / 64).mean() == pytest.approx(expected_length(0.5, 3), abs=0.03)
 
 
 @pytest.mark.parametrize(

@@ -43,21 +43,23 @@ HOOKS = {
 }
 
 
-def check_vllm(version: str, scheduler: Any) -> None:
-    """Raise UnsupportedError when this vLLM is older than the tested one or lacks a method that the plug-in builds on."""
+def check_vllm(version: str, owner: Any, hooks: Iterable[str] = HOOKS) -> None:
+    """Raise UnsupportedError when this vLLM is older than the tested one or `owner` lacks a method that we build on."""
     found = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
     tested = ".".join(map(str, TESTED[0]))
     if found < TESTED[0]:
         raise UnsupportedError(
             f"vLLM {version} is not supported, the plug-in was tested with {tested}", hint=f"install vllm {tested}"
         )
-    if missing := sorted(name for name in HOOKS if not hasattr(scheduler, name)):
+    if missing := sorted(name for name in hooks if not hasattr(owner, name)):
         raise UnsupportedError(
-            f"vLLM {version} has no {scheduler.__name__}.{missing[0]}, the plug-in was tested with {tested}",
+            f"vLLM {version} has no {owner.__name__}.{missing[0]}, the plug-in was tested with {tested}",
             hint=f"install vllm {tested}",
         )
     if found >= TESTED[1]:
-        log.warning("vLLM %s is newer than the tested %s; its scheduler has all the methods needed", version, tested)
+        log.warning(
+            "vLLM %s is newer than the tested %s; %s has all the methods needed", version, tested, owner.__name__
+        )
 
 
 @dataclass(frozen=True)

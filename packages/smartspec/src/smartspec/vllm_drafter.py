@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import vllm
 from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+from smartspec.serving import check_vllm
 
 __all__ = ["RestingDraftModel", "SmartSpecWorker"]
 
@@ -28,6 +31,15 @@ _ALL = 1 << 30
 _WORKER: Any = resolve_obj_by_qualname(
     "vllm.v1.worker.cpu_worker.CPUWorker" if current_platform.is_cpu() else "vllm.v1.worker.gpu_worker.Worker"
 )
+
+check_vllm(
+    vllm.__version__,
+    DraftModelProposer,
+    hooks=(
+        "propose", "prepare_next_token_ids_padded", "build_per_group_and_layer_attn_metadata",
+        "build_model_inputs_first_pass", "_set_positions", "_get_slot_mapping",
+    ),
+)  # fmt: skip
 
 
 class RestingDraftModel(DraftModelProposer):
