@@ -31,7 +31,7 @@ PAIRS = {"good": 3.5, "poor": 12.0}
 NEW_TOKENS = 24
 LENGTHS = ("k=0", "k=1", "k=3", "k=6")
 MOST = 6
-COUNTS = {1: 5, 4: 16, 16: 48}
+COUNTS = {1: 4, 4: 12, 16: 40}
 """Prompts served at a concurrency: enough that the batch is full most of the time."""
 ROUNDS = 3
 
@@ -830,7 +830,7 @@ def _online(what: str, prefix: str, drafted: Any, bare: Any, seeds: list[int]) -
     arms = _arms(drafted, bare, "online")
     capacity = [drafted.serve(policy="k=0", seed=97, count=8, size=8)["throughput"] / NEW_TOKENS for _ in range(3)]
     rate = 0.8 * float(np.median(capacity))
-    result = _in_turn(arms, seeds, count=16, rate=rate)
+    result = _in_turn(arms, seeds, count=12, rate=rate)
     against = {name: _paired(result, name, "k=0", "latency") for name in arms if name != "k=0"}
     best = min(LENGTHS, key=lambda k: _mean(result, k, "latency"))
     near = float(np.mean(_paired(result, "ours", best, "latency")))
