@@ -38,6 +38,7 @@ def test_a_decision_knows_what_is_left_of_every_request():
     # One token at least comes before the drafts are verified, and one more that is not drafted.
     assert k >= 2 and b.lens == {"a": k, "b": 0, "c": 2}
     assert b.verified_length(request("b", done=49)) == 0
+    assert b.verified_length(request("c", prompt=10, done=88, most=None)) == 1
     assert b.decide([]) == 0
 
 
