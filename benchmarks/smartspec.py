@@ -31,7 +31,7 @@ PAIRS = {"good": 3.5, "poor": 12.0}
 NEW_TOKENS = 24
 LENGTHS = ("k=0", "k=1", "k=3", "k=6")
 MOST = 6
-COUNTS = {1: 4, 4: 12, 16: 36}
+COUNTS = {1: 3, 4: 10, 16: 32}
 """Prompts served at a concurrency: enough that the batch is full most of the time."""
 ROUNDS = 2
 
