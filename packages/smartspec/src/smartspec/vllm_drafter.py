@@ -73,11 +73,10 @@ class RestingDraftModel(DraftModelProposer):
         starts = batch.num_computed_tokens_cpu[: len(names)].tolist()
         # A prefix that vLLM found in its cache may have been written while this model rested.
         fresh = 0 if self.rests else _ALL
+        self._have = {name: n for name, n in self._have.items() if name in self.runner.requests}
         have = [min(self._have.get(name, fresh), start) for name, start in zip(names, starts, strict=True)]
         if num_speculative_tokens == 0:
             self.rests += 1
-            alive = self.runner.requests
-            self._have = {name: n for name, n in self._have.items() if name in alive}
             self._have.update(zip(names, have, strict=True))
             return torch.empty(len(names), 0, dtype=torch.int64, device=self.device)
         table = kwargs["common_attn_metadata"].block_table_tensor
