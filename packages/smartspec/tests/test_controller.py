@@ -252,3 +252,56 @@ def test_time_has_no_price_when_nobody_comes():
     newcomer = BatchState(["new"], np.array([100]), acceptance=np.array([0.8]))
     controller.decide(newcomer)
     assert not controller._by_ratio
+
+
+def test_time_has_a_price_while_requests_keep_coming():
+    """Three usual gaps without a newcomer are enough to expect none; the window is the longest wait."""
+    controller = GoodputController(roofline(), 8, window_ms=1e6)
+    for step in range(40):
+        ids = [step // 4]
+        d = controller.decide(BatchState(ids, np.array([100]), acceptance=np.array([0.8])))
+        controller.observe(
+            StepOutcome(ids, d.verify_lens, d.verify_lens, 1, 10.0, 100, 1 + d.draft_len, 0, d.draft_len)
+        )
+    gap = controller._gap_ms
+    assert not controller._by_ratio
+    quiet = []
+    while not controller._by_ratio:
+        controller.observe(StepOutcome(ids, d.verify_lens, d.verify_lens, 1, 10.0, 100, 1, 0, 0))
+        quiet.append(controller._quiet_ms)
+    assert quiet[-2] <= 3 * gap < quiet[-1] < 1e6
+
+
+def test_the_reason_is_looked_at_again_when_the_batch_changes():
+    planes = np.array([[0, 0, 0, 10.0], [0, 3.0, 0, 0]])
+    controller = primed(cost=PiecewiseCostModel(planes=planes, draft_cost=DraftCost(step=1.0)))
+    assert controller.decide(state([0.01])).reason == "low_acceptance"
+    assert controller.decide(state([0.01] * 8)).reason == "saturated"
+    assert controller.decide(state([0.01])).reason == "low_acceptance"
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_a_gain_below_the_least_one_is_not_worth_it(rho):
+    """At k = 1 this brings 1.01 times the goodput of k = 0."""
+    cost = PiecewiseCostModel(planes=np.array([[0, 0, 0, 10.0]]), draft_cost=DraftCost(step=(1.5 / 1.01 - 1) * 10))
+    for min_gain, k in ((0.0, 1), (0.005, 1), (0.02, 0)):
+        controller = primed(rho, cost, max_draft_len=1)
+        controller.min_gain = min_gain
+        assert controller.decide(state([0.5])).draft_len == k
+
+
+def test_a_probe_that_costs_too_much_is_left_out():
+    """Only what a probe loses beyond what it is sure to bring counts: below a quarter of a step."""
+    cheap, dear = (GoodputController(roofline(draft), 8, seed=1) for draft in (2.0, 12.0))
+    for controller, draft in ((cheap, 2.0), (dear, 12.0)):
+        feed(controller, 0.0, 400, cost=roofline(draft))
+    assert cheap.probes > 1 and dear.probes == 0
+
+
+def test_the_price_leaves_prefill_out():
+    outcome = StepOutcome([0, 1], np.array([2, 2]), np.array([2, 1]), 5, 90.0, 200, 1006, 1000, 2)
+    cost = roofline()
+    for prefill, tokens in (("marginal", 6), ("included", 1006)):
+        controller = GoodputController(cost, 4, prefill=prefill)
+        controller.observe(outcome)
+        assert controller.rho == pytest.approx(5 / (float(cost.target(200, tokens, 2)) + cost.draft(200, 2, 2)))

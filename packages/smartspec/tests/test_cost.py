@@ -43,7 +43,7 @@ def test_the_draft_part_is_recovered_with_its_idle_cost():
     ]  # fmt: skip
     cost = PiecewiseCostModel.fit(grid(lambda c, n, b, k: 9 + 0.1 * n + 1e-4 * c) + draft).draft_cost
     assert (cost.idle, cost.step, cost.per_seq) == pytest.approx((0.9, 1.1, 0.01), rel=1e-6)
-    assert cost(5, 8, 0) == pytest.approx(0.9)
+    assert cost(5, 8, 0) == pytest.approx(0.9) and cost(5, 8, 2) == pytest.approx(0.9 + 2 * 1.18)
 
 
 @pytest.mark.parametrize("name", ["a100-7b-160m", "h100x4-70b-eagle"])
@@ -58,6 +58,11 @@ def test_a_staircase():
     assert model.target(0, np.array([1, 5, 16, 17, 64, 65])).tolist() == [10, 10, 10, 15, 15, 40]
     assert (np.diff(model.target(0, np.arange(1, 2000))) >= 0).all()
     assert model.target(0, 5120) > 40
+
+
+def test_a_staircase_never_falls():
+    model = TableCostModel.fit(grid(lambda c, n, b, k: 12.0 if n == 8 else 10.0 if n <= 16 else 15.0))
+    assert model.target(0, np.array([4, 8, 16, 32])).tolist() == [10, 12, 12, 15]
 
 
 def test_a_negative_slope_is_refitted_at_zero_with_a_warning():

@@ -124,6 +124,17 @@ def test_every_batch_size_gives_the_same(family, size):
     assert engine.generate(prompts(), 24) == wanted
 
 
+def test_a_draft_model_that_is_not_asked_never_runs(family):
+    model, wanted = family
+    engine = SpecEngine(model, noisy(model, 0.1), max_num_seqs=4, max_len=96)
+    passes = []
+    forward = engine.proposer.slots.forward
+    engine.proposer.slots.forward = lambda *a, **k: passes.append(a) or forward(*a, **k)
+    assert engine.generate(prompts(), 24) == wanted and not passes
+    engine.policy = FixedLength(3)
+    assert engine.generate(prompts(), 24) == wanted and passes
+
+
 @pytest.mark.parametrize("nodes", [1, 5, 16])
 def test_medusa_trees_equal_generate(family, nodes):
     model, wanted = family

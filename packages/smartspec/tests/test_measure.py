@@ -52,5 +52,15 @@ def test_concurrency_holds_while_requests_last(server):
             seen.append(len(state.ids))
             return super().decide(state)
 
-    run = serve(server, Watch(1), PROMPTS, 10, concurrency=2)
-    assert max(seen) == 2 and run.outputs == serve(server, NoSpeculation(), PROMPTS, 10).outputs
+    ticks = iter(range(10_000))
+    server.clock, clock = lambda: float(next(ticks)), server.clock
+    run = serve(server, Watch(1), PROMPTS, 10, concurrency=3)
+    server.clock = clock
+    assert max(seen) == 3 and run.outputs == serve(server, NoSpeculation(), PROMPTS, 10).outputs
+    # Three prompts of ten tokens run together, the fourth drains alone.
+    tokens, seconds = run.full
+    assert 30 <= tokens < 40 and 0 < seconds < run.seconds
+    assert run.full_throughput == tokens / seconds and run.throughput == 40 / run.seconds
+    alone = serve(server, FixedLength(1), PROMPTS, 10, concurrency=1)
+    assert alone.full == (40, alone.seconds)
+    assert serve(server, FixedLength(1), PROMPTS, 10, concurrency=9).full == (0, 0.0)

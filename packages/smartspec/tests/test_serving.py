@@ -38,6 +38,7 @@ def test_a_decision_knows_what_is_left_of_every_request():
     # One token at least comes before the drafts are verified, and one more that is not drafted.
     assert k >= 2 and b.lens == {"a": k, "b": 0, "c": 2}
     assert b.verified_length(request("b", done=49)) == 0
+    assert b.verified_length(request("c", prompt=10, done=88, most=None)) == 1
     assert b.decide([]) == 0
 
 
@@ -210,3 +211,8 @@ def test_serve_args_are_json_that_vllm_reads():
     assert "ngram" in " ".join(serve_args("big", None))
     with pytest.raises(UserError, match="no setting"):
         serve_args("big", None, settings={"x": 1})
+    resting = serve_args("big", "small", rest=True)
+    assert resting[resting.index("--worker-cls") + 1] == "smartspec.vllm_drafter.SmartSpecWorker"
+    assert "--no-async-scheduling" in resting and "--worker-cls" not in words
+    with pytest.raises(UserError, match="no draft model"):
+        serve_args("big", None, rest=True)

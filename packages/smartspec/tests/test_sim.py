@@ -12,6 +12,7 @@ from smartspec import (
     Oracle,
     PiecewiseCostModel,
     Workload,
+    expected_length,
     paper_controller,
     simulate,
 )
@@ -39,6 +40,21 @@ def test_three_requests_equal_the_recursion_by_hand():
     alone = t(0, 10) + t(10, 1) + t(11, 1)
     assert report.latency[2] == pytest.approx(alone)
     assert report.ttft == pytest.approx([first, both - 5.0, first])
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_that_take_their_time():
+    report = simulate(NoSpeculation(), QUIET, Workload(arrivals=(0.0,), prompt=3000, output=2, length_std=0.0))
+    t = lambda ctx, n: QUIET.step_ms(ctx, n, 0, 0)  # noqa: E731
+    assert t(0, 2048) > 10 * t(0, 1)
+    assert report.ttft == pytest.approx([t(0, 2048) + t(2048, 952)])
+    assert report.latency == pytest.approx(report.ttft + t(3000, 1))
+
+
+def test_a_step_ends_at_the_first_rejection():
+    work = Workload(arrivals=(0.0,) * 64, output=400, length_std=0.0, acceptance=((0.0, 0.5),))
+    trace = simulate(FixedLength(3), replace(A100, kv_tokens=10**6), work, seed=5).trace
+    full = trace[trace[:, 1] == 64]
+    assert (full[:, 3] / 64).mean() == pytest.approx(expected_length(0.5, 3), abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +98,8 @@ def test_phases_bursts_and_traces(tmp_path):
     at = work.draw(0).arrival / 1000
     counts = [(at < 10).sum(), ((at >= 10) & (at < 20)).sum()]
     assert counts[0] == pytest.approx(20, abs=14) and counts[1] == pytest.approx(200, abs=45)
+    late = at[at >= 20]
+    assert late[0] < 23 and np.diff(late).mean() == pytest.approx(0.5, abs=0.3)
     gaps = lambda b: np.diff(Workload(rate=10, requests=3000, burstiness=b).draw(0).arrival)  # noqa: E731
     assert gaps(1.0).std() / gaps(1.0).mean() == pytest.approx(1, abs=0.1)
     assert gaps(0.25).std() / gaps(0.25).mean() == pytest.approx(2, abs=0.3)
@@ -96,6 +114,22 @@ def test_preemption_loses_nothing():
         report.preemptions > 0
         and report.tokens == Workload(rate=50, requests=30, prompt=200, output=300).draw(0).output.sum()
     )
+
+
+def test_a_preempted_request_is_prefilled_with_what_it_had():
+    """One token takes one millisecond and there is no other cost, so the run's time counts the tokens computed."""
+    tokens_only = replace(QUIET, weights=0.0, per_ctx=0.0, per_token=1.0, fixed=0.0, kv_tokens=100)
+    report = simulate(NoSpeculation(), tokens_only, Workload(arrivals=(0.0, 0.0), prompt=40, output=30, length_std=0.0))
+    # Eleven steps after both prefills the cache is over: the second request has 12 tokens and starts again with them.
+    assert report.preemptions == 1
+    assert report.trace[:, 4].sum() == pytest.approx(2 * 40 + 2 * 29 + (40 + 12))
+
+
+def test_drafting_takes_its_time():
+    assert A100.step_ms(0, 1, 1, 3) - A100.step_ms(0, 1, 1, 0) == pytest.approx(3.3)
+    idle = replace(A100, draft_idle=0.4)
+    assert idle.step_ms(0, 1, 1, 0) - A100.step_ms(0, 1, 1, 0) == pytest.approx(0.4)
+    assert idle.cost().draft(0, 1, 0) == pytest.approx(0.4)
 
 
 def test_the_default_is_not_behind_in_a_saturated_cell():

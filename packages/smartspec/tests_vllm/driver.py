@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from smartspec import SpecDecision
 
 
 class Ragged:
@@ -14,14 +15,31 @@ class Ragged:
         self.rng, self.most, self.seen = np.random.default_rng(0), most, 0
 
     def decide(self, state):
-        from smartspec import SpecDecision
-
         lens = np.minimum(self.rng.integers(0, self.most + 1, len(state.ids)), state.caps)
         return SpecDecision(int(lens.max()), lens)
 
     def observe(self, outcome):
         assert (outcome.accepted <= outcome.verified).all()
         self.seen += int(outcome.accepted.sum())
+
+    def forget(self, name):
+        pass
+
+
+class Scheduled:
+    """The same lengths in the same steps, whatever comes out; most steps draft nothing."""
+
+    lengths = (0, 0, 0, 3, 0, 5, 2, 0, 0, 0, 0, 4)
+
+    def __init__(self):
+        self.accepted = []
+
+    def decide(self, state):
+        lens = np.minimum(self.lengths[len(self.accepted) % len(self.lengths)], state.caps)
+        return SpecDecision(int(lens.max()), lens)
+
+    def observe(self, outcome):
+        self.accepted.append(int(outcome.accepted.sum()))
 
     def forget(self, name):
         pass
@@ -47,6 +65,21 @@ def generate(options):
             accepted=getattr(policy, "seen", None), policy=type(server.bridge.policy).__name__,
         )  # fmt: skip
     return answer
+
+
+def rest(options):
+    """A draft model that rests in steps without drafts, or one that never does; more requests come than run together."""
+    from smartspec.measure import VllmServer, serve
+
+    kwargs = {"enable_prefix_caching": True, "max_num_batched_tokens": 64} if options["tight"] else {}
+    server = VllmServer(options["target"], options["draft"], max_draft_len=5, settings={"policy": "none"}, rest=options["rest"], **kwargs)  # fmt: skip
+    policy = Scheduled()
+    served = serve(server, policy, prompts(12), 32, concurrency=5)
+    drafter = server.engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
+    return {
+        "outputs": served.outputs, "accepted": policy.accepted, "drafter": type(drafter).__name__,
+        "rests": getattr(drafter, "rests", 0), "taken_in": getattr(drafter, "taken_in", 0),
+    }  # fmt: skip
 
 
 def learn(options):
@@ -121,5 +154,5 @@ def refused(options):
 
 if __name__ == "__main__":
     scenario, options, path = sys.argv[1:]
-    result = {f.__name__: f for f in (generate, learn, wishes, refused)}[scenario](json.loads(options))
+    result = {f.__name__: f for f in (generate, rest, learn, wishes, refused)}[scenario](json.loads(options))
     Path(path).write_text(json.dumps(result))

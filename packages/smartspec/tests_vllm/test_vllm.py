@@ -39,6 +39,16 @@ def test_without_a_drafter_it_is_the_same_output(engine, pair, plain):
     assert engine("generate", target=pair["target"])["outputs"] == plain
 
 
+@pytest.mark.parametrize("tight", [False, True])
+def test_a_resting_draft_model_drafts_as_if_it_had_run(engine, pair, plain, tight):
+    """The same lengths: the same tokens, and the same number of drafts kept in every single step."""
+    resting, restless = (engine("rest", **pair, rest=rest, tight=tight) for rest in (True, False))
+    assert resting["outputs"] == restless["outputs"] == plain
+    assert resting["accepted"] == restless["accepted"] and sum(resting["accepted"]) > 20
+    assert (resting["drafter"], restless["drafter"]) == ("RestingDraftModel", "DraftModelProposer")
+    assert resting["rests"] > 10 and resting["taken_in"] > 100
+
+
 def test_costs_are_learned_while_serving(engine, pair):
     got = engine("learn", **pair)
     assert got["fitted"] and got["policy"] == "GoodputController"

@@ -46,7 +46,7 @@ def learn_cost(
     for turn in range(20):
         for size in sizes:
             serve(server, explore, prompts[: 2 * size], new_tokens, concurrency=size)
-        if turn and len(explore.samples) >= 80:
+        if turn and len(explore.samples) >= 200:
             break
     steps = explore.samples[5:]
     limit = float(np.quantile([s.ms for s in steps], 0.98))

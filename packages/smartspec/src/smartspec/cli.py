@@ -193,6 +193,9 @@ def serve_args(
     draft: Annotated[str, typer.Option(help="Draft model, as vLLM takes it, or prompt_lookup.")] = "prompt_lookup",
     cost: Annotated[str, typer.Option(help="Cost model; learned while serving when not given.")] = "",
     metrics: Annotated[str, typer.Option(help="File for the counters, Prometheus' text format.")] = "",
+    rest: Annotated[
+        bool, typer.Option("--rest", help="Run a draft model only in steps that draft; schedules synchronously.")
+    ] = False,
     max_draft_len: MaxLength = 5,
     json: Json = False,
 ) -> None:
@@ -205,7 +208,7 @@ def serve_args(
     settings = {k: v for k, v in (("cost", cost), ("metrics", metrics)) if v}
     Settings.read(settings).load_cost()
     words = arguments(
-        target, None if draft == "prompt_lookup" else draft, max_draft_len=max_draft_len, settings=settings
+        target, None if draft == "prompt_lookup" else draft, max_draft_len=max_draft_len, settings=settings, rest=rest
     )
     if json:
         emit({"arguments": words}, True)
@@ -307,7 +310,7 @@ def bench(
 
         if "testbed" in (target, draft):
             raise UserError(
-                "vLLM needs models in folders", hint="python -m smartspec.testbed writes none; save your own pair"
+                "vLLM needs models in folders", hint="write the testbed's with smartspec.testbed.save, or pass your own"
             )
         server: Any = VllmServer(target, draft, max_draft_len=max([*fixed, 1]), max_num_seqs=max(sizes), clock=timer)
         words = _tokenizer(target)

@@ -29,6 +29,9 @@ from tenfold_shared.errors import UserError
 from smartspec.acceptance import AcceptanceTracker, MatchRatioTracker
 from smartspec.cost import CostModel
 
+PATIENCE = 3.0
+"""Usual gaps between two requests after which none is expected any more."""
+
 
 @dataclass
 class BatchState:
@@ -237,8 +240,10 @@ class GoodputController:
         self._rng = np.random.default_rng(seed)
         self._tokens = self._ms = 0.0
         self._zeros = 0
+        self._why: tuple[int, bool, str] = (0, False, "")
         self._known: frozenset[Hashable] = frozenset()
         self._quiet_ms = 0.0
+        self._gap_ms = window_ms / PATIENCE
         self._next_probe = probe_every
         self._age = 0
         self._kept = 0
@@ -256,7 +261,8 @@ class GoodputController:
             return SpecDecision(0, np.zeros(0, int), reason="capped")
         self._age += 1
         present = frozenset(state.ids)
-        if present - self._known:
+        if fresh := len(present - self._known):
+            self._gap_ms += 0.2 * (min(self._quiet_ms, self.window_ms) / fresh - self._gap_ms)
             self._quiet_ms = 0.0
         self._known = present
         decision = self._decide(state)
@@ -359,8 +365,9 @@ class GoodputController:
 
     @property
     def _by_ratio(self) -> bool:
-        # When nobody has come for a whole window, no other work waits for the time that is saved, so it has no price.
-        return self.objective == "ratio" or self.rho <= 0 or self._quiet_ms > self.window_ms
+        # When requests have ceased to come, no other work waits for the time that is saved, so it has no price.
+        ceased = self._quiet_ms > min(self.window_ms, PATIENCE * self._gap_ms)
+        return self.objective == "ratio" or self.rho <= 0 or ceased
 
     def _score(self, tokens: Any, ms: Any) -> Any:
         if self._by_ratio:
@@ -407,14 +414,19 @@ class GoodputController:
         return True
 
     def _why_not(self, state: BatchState) -> str:
-        """Would perfect drafts pay?"""
+        """Would perfect drafts pay? Asked again every 16 steps and when the batch changes; it takes as long as a decision."""
+        n_seqs, prefilling = len(state.ids), state.n_prefill > 0
+        if self._zeros % 16 and self._why[:2] == (n_seqs, prefilling):
+            return self._why[2]
         options, _ = self._allowed(state)
         perfect = BatchState(
             state.ids, state.context, caps=state.caps, n_prefill=state.n_prefill, weights=state.weights,
-            acceptance=np.ones(len(state.ids)),
+            acceptance=np.ones(n_seqs),
         )  # fmt: skip
         table = self._evaluate(perfect, options)
-        return "low_acceptance" if table and self._best(table)[0] else "saturated"
+        reason = "low_acceptance" if table and self._best(table)[0] else "saturated"
+        self._why = (n_seqs, prefilling, reason)
+        return reason
 
     def _made(self, state: BatchState, row: tuple[int, float, float, float, int], reason: str) -> SpecDecision:
         k, tokens, net, ms, n = row

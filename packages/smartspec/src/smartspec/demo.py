@@ -95,7 +95,10 @@ def _draw(output: Path, seconds: dict[str, list[float]], trace: np.ndarray) -> N
         mean = [k[(second == s) & (batch > 0)].mean() for s in shown]
         right.fill_between(time, batch, color=figures.PEERS[0], alpha=0.25, lw=0)
         right.set(
-            xlabel="seconds", ylabel="requests in the batch (area)", title="Load rises and falls, the length follows"
+            xlabel="seconds",
+            ylabel="requests in the batch (area)",
+            ylim=(0, None),
+            title="Load rises and falls, the length follows",
         )
         twin = right.twinx()
         twin.spines["right"].set_visible(True)

@@ -20,12 +20,16 @@ Clock = Callable[[], float]
 
 @dataclass
 class Served:
-    """outputs: new tokens by prompt. seconds: spent. latency: (requests,) seconds, online runs only. mean_k: chosen."""
+    """outputs: new tokens by prompt. seconds: spent. mean_k: chosen. latency: (requests,) seconds from arrival to the end.
+
+    full: (tokens, seconds) of the steps in which as many requests ran as were allowed to.
+    """
 
     outputs: list[list[int]]
     seconds: float
     mean_k: float
-    latency: np.ndarray | None = None
+    latency: np.ndarray
+    full: tuple[int, float]
 
     @property
     def tokens(self) -> int:
@@ -36,11 +40,18 @@ class Served:
         """Tokens per second."""
         return self.tokens / self.seconds
 
+    @property
+    def full_throughput(self) -> float:
+        """Tokens per second while the concurrency held, without the drain at the end; NaN when it never did."""
+        return self.full[0] / self.full[1] if self.full[1] > 0 else float("nan")
+
 
 class Server(Protocol):
     """What both engines look like here."""
 
     clock: Clock
+    generated: int
+    """New tokens so far, of all requests."""
 
     def use(self, policy: Policy | None) -> None: ...
     def add(self, name: int, prompt: Sequence[int], new_tokens: int) -> None: ...
@@ -55,6 +66,10 @@ class EngineServer:
         self.engine = engine
         self.clock: Clock = engine.clock
         self._names: dict[int, int] = {}
+
+    @property
+    def generated(self) -> int:
+        return int(self.engine.stats.generated)
 
     def use(self, policy: Policy | None) -> None:
         from smartspec.policies import NoSpeculation
@@ -76,14 +91,15 @@ class VllmServer:
     """A vLLM on this machine, in this process; one per process.
 
     target, draft: folders or hub ids; draft may be "prompt_lookup", or None for an engine without any drafter.
-    settings: of the plug-in. kwargs: of `vllm.LLM`.
+    rest: a draft model runs only in steps that draft (`smartspec.vllm_drafter`). settings: of the plug-in. kwargs: of
+    `vllm.LLM`.
 
     Raises UserError when vLLM is not installed.
     """
 
     def __init__(
         self, target: str, draft: str | None, *, max_draft_len: int = 6, max_num_seqs: int = 16,
-        settings: dict[str, Any] | None = None, clock: Clock = time.process_time, **kwargs: Any,
+        rest: bool = True, settings: dict[str, Any] | None = None, clock: Clock = time.process_time, **kwargs: Any,
     ) -> None:  # fmt: skip
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -103,6 +119,8 @@ class VllmServer:
                 speculative.update(method="ngram", prompt_lookup_max=3, prompt_lookup_min=1)
             else:
                 speculative.update(method="draft_model", model=draft)
+                if rest:
+                    options["worker_cls"] = "smartspec.vllm_drafter.SmartSpecWorker"
             options.update(
                 speculative_config=speculative,
                 scheduler_cls="smartspec.vllm_plugin.SmartSpecScheduler",
@@ -111,13 +129,16 @@ class VllmServer:
         self.llm = LLM(target, max_num_seqs=max_num_seqs, **options)
         self.engine = self.llm.llm_engine
         self.clock = clock
+        self.generated = 0
         self._params = SamplingParams
         core = getattr(self.engine.engine_core, "engine_core", None)
         self.bridge = getattr(core.scheduler, "smartspec", None) if core else None
         self._lengths: list[int] = []
+        self._given: dict[int, int] = {}
 
     def use(self, policy: Policy | None) -> None:
         self._lengths.clear()
+        self._given.clear()
         if policy is not None:
             if self.bridge is None:
                 raise UserError("this engine has no drafter, so no policy can be used")
@@ -128,7 +149,13 @@ class VllmServer:
         self.engine.add_request(str(name), {"prompt_token_ids": [int(t) for t in prompt]}, params)
 
     def step(self) -> dict[int, list[int]]:
-        done = {int(o.request_id): list(o.outputs[0].token_ids) for o in self.engine.step() if o.finished}
+        done: dict[int, list[int]] = {}
+        for o in self.engine.step():
+            name, tokens = int(o.request_id), list(o.outputs[0].token_ids)
+            self.generated += len(tokens) - self._given.get(name, 0)
+            self._given[name] = len(tokens)
+            if o.finished:
+                done[name] = tokens
         if self.bridge is not None:
             self._lengths.append(self.bridge.decision.draft_len)
         return done
@@ -169,15 +196,20 @@ def serve_online(
     finish = np.zeros(len(prompts))
     now = spent = 0.0
     coming = 0
+    full_tokens, full_seconds = 0, 0.0
     while len(done) < len(prompts):
         if coming == len(done) and arrivals[coming] > now:
             now = float(arrivals[coming])
         while coming < len(prompts) and arrivals[coming] <= now and coming - len(done) < concurrency:
             server.add(coming, prompts[coming], new_tokens)
             coming += 1
+        full, before = coming - len(done) == concurrency, server.generated
         start = server.clock()
         ended = server.step()
         took = server.clock() - start
+        if full:
+            full_tokens += server.generated - before
+            full_seconds += took
         now += took
         spent += took
         for name, tokens in ended.items():
@@ -186,7 +218,7 @@ def serve_online(
     lengths = server.lengths()
     return Served(
         [done[i] for i in range(len(prompts))], spent, float(np.mean(lengths)) if lengths else 0.0,
-        finish - np.asarray(arrivals, dtype=float),
+        finish - np.asarray(arrivals, dtype=float), (full_tokens, full_seconds),
     )  # fmt: skip
 
 

@@ -110,11 +110,11 @@ class PromptLookup(NoProposer):
 class DraftModel(NoProposer):
     """A small causal model of the same vocabulary, with a cache of its own that follows the accepted tokens.
 
-    Steps without speculation do not run it; what it missed is taken in when it is used again.
+    Steps without speculation do not run it, nor does prefill; what it missed is taken in when it is used.
     Raises PairError when its vocabulary differs from the target's.
     """
 
-    chunk = 64
+    chunk = 8
     """Missing tokens that are taken in together with the first drafted one; more go in a pass of their own."""
 
     def __init__(self, model: Any, target: SlotModel) -> None:
@@ -135,7 +135,6 @@ class DraftModel(NoProposer):
     def prefill(self, requests: Sequence[Request]) -> None:
         for r in requests:
             self.have[r.slot] = 0
-        self._catch_up(requests, 0)
 
     def _catch_up(self, requests: Sequence[Request], allowed: int) -> None:
         behind = [r for r in requests if len(r.tokens) - 1 - self.have[r.slot] > allowed]

@@ -43,21 +43,23 @@ HOOKS = {
 }
 
 
-def check_vllm(version: str, scheduler: Any) -> None:
-    """Raise UnsupportedError when this vLLM is older than the tested one or lacks a method that the plug-in builds on."""
+def check_vllm(version: str, owner: Any, hooks: Iterable[str] = HOOKS) -> None:
+    """Raise UnsupportedError when this vLLM is older than the tested one or `owner` lacks a method that we build on."""
     found = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
     tested = ".".join(map(str, TESTED[0]))
     if found < TESTED[0]:
         raise UnsupportedError(
             f"vLLM {version} is not supported, the plug-in was tested with {tested}", hint=f"install vllm {tested}"
         )
-    if missing := sorted(name for name in HOOKS if not hasattr(scheduler, name)):
+    if missing := sorted(name for name in hooks if not hasattr(owner, name)):
         raise UnsupportedError(
-            f"vLLM {version} has no {scheduler.__name__}.{missing[0]}, the plug-in was tested with {tested}",
+            f"vLLM {version} has no {owner.__name__}.{missing[0]}, the plug-in was tested with {tested}",
             hint=f"install vllm {tested}",
         )
     if found >= TESTED[1]:
-        log.warning("vLLM %s is newer than the tested %s; its scheduler has all the methods needed", version, tested)
+        log.warning(
+            "vLLM %s is newer than the tested %s; %s has all the methods needed", version, tested, owner.__name__
+        )
 
 
 @dataclass(frozen=True)
@@ -375,13 +377,19 @@ def _own(request: Any) -> dict[str, Any]:
 
 
 def serve_args(
-    target: str, draft: str | None, *, max_draft_len: int = 5, settings: Mapping[str, Any] | None = None
+    target: str,
+    draft: str | None,
+    *,
+    max_draft_len: int = 5,
+    settings: Mapping[str, Any] | None = None,
+    rest: bool = False,
 ) -> list[str]:
     """The arguments of `vllm serve` that run this controller in a stock vLLM.
 
-    draft: a model, or None for prompt lookup. settings: as `Settings`.
+    draft: a model, or None for prompt lookup. settings: as `Settings`. rest: a draft model runs only in steps that draft,
+    for which scheduling has to be synchronous (`smartspec.vllm_drafter`).
 
-    Raises UserError for settings that do not exist.
+    Raises UserError for settings that do not exist, and for rest without a draft model.
     """
     import json
 
@@ -397,9 +405,12 @@ def serve_args(
     speculative["num_speculative_tokens_per_batch_size"] = [
         [i + 1, i + 1 if i + 1 < len(spread) else 4096, k] for i, k in enumerate(spread)
     ]
+    if rest and draft is None:
+        raise UserError("prompt lookup has no draft model that could rest", hint="pass a draft model")
     return [
         "vllm", "serve", target,
         "--scheduler-cls", "smartspec.vllm_plugin.SmartSpecScheduler",
+        *(("--worker-cls", "smartspec.vllm_drafter.SmartSpecWorker", "--no-async-scheduling") if rest else ()),
         "--speculative-config", json.dumps(speculative),
         "--additional-config", json.dumps({"smartspec": dict(settings or {})}),
     ]  # fmt: skip
