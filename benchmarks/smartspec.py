@@ -1064,6 +1064,7 @@ if __name__ == "__main__":
         vllm_worker(json.loads(sys.argv[2]))
         sys.exit()
     from tenfold_shared.claims import run_benchmark
+    from tenfold_shared.help_time import help_time
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     run_benchmark(
@@ -1071,6 +1072,7 @@ if __name__ == "__main__":
         [
             decisions, simulator_a100, simulator_h100, ablation, stationary, lengths, reaction, cost_fit, lossless,
             engine_1, engine_4, engine_16, engine_poor, engine_online, assisted, vllm, gpu,
+            help_time("smartspec", PAPER),
         ],
         libraries=["transformers", "scipy"],
     )  # fmt: skip
