@@ -82,8 +82,11 @@ def interval(claim: Claim) -> str:
     return f"{text} ± {cell(claim.spread['std'])}" if "std" in claim.spread else text
 
 
-def peers(claim: Claim) -> str:
-    return ", ".join(f"{name} {cell(value)}" for name, value in claim.peers.items()) or "-"
+def peers(claim: Claim, most: int | None = None) -> str:
+    """The peers with their figures; when there are more than `most`, how many are left out."""
+    shown = [f"{name} {cell(value)}" for name, value in list(claim.peers.items())[:most]]
+    left = len(claim.peers) - len(shown)
+    return ", ".join([*shown, *([f"and {left} more"] if left else [])]) or "-"
 
 
 def verdict(results: Results, claim: Claim) -> str:
@@ -116,7 +119,7 @@ def workspace_table(all_results: list[Results]) -> str:
         for r in all_results
     ]
     shown = [
-        [r.name, c.statement, interval(c), peers(c), c.bar, verdict(r, c)]
+        [r.name, c.statement, c.metric, interval(c), peers(c, most=4), c.bar, verdict(r, c)]
         for r in all_results
         for c in r.claims
         if c.headline or c.passed is False
@@ -125,7 +128,7 @@ def workspace_table(all_results: list[Results]) -> str:
         [
             markdown(tally, ["package", "claims passed", "failed", "not run here", "command"]),
             "The headline claims, and every claim that failed:",
-            markdown(shown, ["package", "claim", "ours", "peers, same run", "bar", "result"]),
+            markdown(shown, ["package", "claim", "metric", "ours", "peers, same run", "bar", "result"]),
         ]
     )
 

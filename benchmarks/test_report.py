@@ -75,6 +75,13 @@ def test_a_pipe_in_a_name_does_not_break_the_table(tree: Path) -> None:
     assert row.replace("\\|", "").count("|") == 8
 
 
+def test_the_workspace_table_says_how_many_peers_it_leaves_out() -> None:
+    row = claim("one", peers={name: 1.0 for name in "abcdef"})
+    assert report.peers(row, most=4) == "a 1, b 1, c 1, d 1, and 2 more"
+    assert report.peers(row) == "a 1, b 1, c 1, d 1, e 1, f 1"
+    assert report.peers(claim("two", peers={}), most=4) == "-"
+
+
 def test_changed_sources_make_a_row_stale(tree: Path) -> None:
     assert "stale" not in report.package_table(report.collect(tree)[0])
     (tree / "packages/toy/src/toy/cli.py").write_text("app = 1\n")
