@@ -21,7 +21,7 @@ MaxLength = Annotated[int, typer.Option("--max-draft-len", help="Largest specula
 
 
 @app.command(epilog="Example: smartspec demo --output out --seed 0")
-def demo(output: Output = Path("out/smartspec"), seed: Seed = 0, json: Json = False) -> None:
+def demo(output: Output = Path("out"), seed: Seed = 0, json: Json = False) -> None:
     """Latency against request rate, and the chosen length while load rises and falls; simulated, under a minute."""
     from smartspec.demo import run
 
@@ -32,7 +32,7 @@ def demo(output: Output = Path("out/smartspec"), seed: Seed = 0, json: Json = Fa
 def profile(
     target: Target = "testbed",
     draft: Draft = "testbed",
-    out: Annotated[Path, typer.Option(help="File for the profile.")] = Path("profile.json"),
+    out: Annotated[Path, typer.Option("--out", "--output", "-o", help="File for the profile.")] = Path("profile.json"),
     batch_sizes: Annotated[str, typer.Option(help="Requests, comma separated.")] = "1,2,4,8,16",
     contexts: Annotated[str, typer.Option(help="Tokens of each request, comma separated.")] = "32,128",
     draft_lens: Annotated[str, typer.Option(help="Draft lengths, comma separated.")] = "0,1,3,7",
@@ -66,7 +66,7 @@ def profile(
 @app.command(epilog="Example: smartspec fit profile.json --out cost.json")
 def fit(
     file: Annotated[Path, typer.Argument(help="Profile made by `smartspec profile` or written by the vLLM plug-in.")],
-    out: Annotated[Path, typer.Option(help="File for the cost model.")] = Path("cost.json"),
+    out: Annotated[Path, typer.Option("--out", "--output", "-o", help="File for the cost model.")] = Path("cost.json"),
     kind: Annotated[
         str, typer.Option(help="piecewise (maximum of two planes), linear (as published), table (staircase).")
     ] = "piecewise",
