@@ -22,6 +22,8 @@ CHANGE = 2.5
 """Standard errors by which recent trials must differ for the common acceptance to have changed."""
 SPREAD_KEPT = 0.98
 """What an ended request still counts after the next one, where the spread among requests is estimated."""
+SPREAD_EVERY = 16
+"""Updates between two looks at the running requests."""
 PRIOR_SPREAD = 1000.0
 """Weight of the prior spread: that of about five requests of thirty trials."""
 
@@ -76,7 +78,7 @@ class AcceptanceTracker:
     half_life: trials after which an observation counts half; `request_half_life` likewise inside one request.
     memory: the common alpha remembers this many times longer while nothing changes. As soon as the sums of the short
     half-life tell another acceptance, by more than chance, it starts anew from them; 1 for the short half-life alone.
-    request_prior: n0, before requests have ended. After that n0 is what their spread tells: trials of a request vary by
+    request_prior: n0 at first. Later n0 is what the spread among requests tells: accepted trials of a request vary by
     1 + (tried - 1) / (n0 + 1) times the variance of independent ones (beta-binomial, method of moments), so requests that
     are alike share one estimate and requests that differ keep their own.
 
@@ -114,8 +116,9 @@ class AcceptanceTracker:
         self._position_accepted = np.zeros(positions)
         self._position_tried = np.zeros(positions)
         self._requests: dict[Hashable, list[float]] = {}
-        # Sums over ended requests of the variance beyond that of independent trials, and of what full correlation gives.
-        self._spread = (PRIOR_SPREAD / (request_prior + 1), PRIOR_SPREAD)
+        # Sums over requests of the variance beyond that of independent trials, and of what full correlation would give.
+        self._ended = self._spread = (PRIOR_SPREAD / (request_prior + 1), PRIOR_SPREAD)
+        self._updates = 0
 
     @property
     def alpha(self) -> float:
@@ -165,11 +168,15 @@ class AcceptanceTracker:
                     own[1] = own[1] * keep + attempt
                     own[2] += hit
                     own[3] += attempt
+            self._updates += 1
+            if self._updates % SPREAD_EVERY == 0:
+                self._compare()
 
     def _notice(self) -> None:
         """Start the long memory anew when the recent trials differ from it by more than chance."""
         recent, common = self._recent[0] / self._recent[1], self.alpha
-        variance = max(common * (1 - common), 0.02) / self._recent[1]
+        # A decayed sum of n trials varies as the mean of 2 n equally weighted ones.
+        variance = max(common * (1 - common), 0.02) / (2 * self._recent[1])
         if (recent - common) ** 2 > CHANGE**2 * variance:
             self._common = self._recent
 
@@ -208,18 +215,26 @@ class AcceptanceTracker:
             hazards = np.minimum(hazards * np.array(ratios), CEILING)
         return np.cumprod(hazards, axis=1)
 
+    def _compare(self) -> None:
+        """Take the running requests into the spread; a few of them are too near to the mean of them all."""
+        excess, most = self._ended
+        if len(self._requests) >= 4:
+            for own in self._requests.values():
+                more, full = self._deviation(own)
+                excess, most = excess + more, most + full
+        self._spread = excess, most
+
+    def _deviation(self, own: Sequence[float]) -> tuple[float, float]:
+        alpha, (_, _, hit, tried) = self.alpha, own
+        variance = alpha * (1 - alpha)
+        return (hit - alpha * tried) ** 2 - tried * variance, tried * (tried - 1) * variance
+
     def forget(self, name: Hashable) -> None:
         """A request has finished: what it tells of the spread among requests stays."""
         own = self._requests.pop(name, None)
-        if own is None or own[3] < 2:
-            return
-        alpha, (excess, most) = self.alpha, self._spread
-        _, _, hit, tried = own
-        variance = alpha * (1 - alpha)
-        self._spread = (
-            SPREAD_KEPT * excess + (hit - alpha * tried) ** 2 - tried * variance,
-            SPREAD_KEPT * most + tried * (tried - 1) * variance,
-        )
+        if own is not None and own[3]:
+            excess, most = self._deviation(own)
+            self._ended = SPREAD_KEPT * self._ended[0] + excess, SPREAD_KEPT * self._ended[1] + most
 
 
 def _decayed(hits: float, trials: float, new_hits: float, new_trials: float, half_life: float) -> tuple[float, float]:
