@@ -30,6 +30,9 @@ from tenfold_shared.errors import UserError
 from smartspec.acceptance import CEILING, AcceptanceTracker, MatchRatioTracker
 from smartspec.cost import CostModel
 
+Row = tuple[int, float, float, float, int]
+Table = list[Row]
+Ranked = tuple[NDArray[Any], NDArray[Any]]
 PATIENCE = 3.0
 """Usual gaps between two requests after which none is expected any more."""
 
@@ -279,22 +282,21 @@ class GoodputController:
 
     def _decide(self, state: BatchState) -> SpecDecision:
         options, blocked = self._allowed(state)
-        table = self._evaluate(state, options)
-        finite = table is not None and all(math.isfinite(v) for row in table for v in row[1:4])
-        if table is None or not finite:
+        table, ranked = self._evaluate(state, options)
+        if not all(math.isfinite(v) for row in table for v in row[1:4]):
             return SpecDecision(0, np.zeros(len(state.ids), int), reason="invalid")
         if blocked:
-            return self._made(state, table[0], blocked)
+            return self._made(state, table[0], blocked, ranked)
         if self.interval > 1 and self._age % self.interval != 1 and self._kept in options:
             row = next(r for r in table if r[0] == self._kept)
-            return self._made(state, row, "speculate" if self._kept else self._why_not(state))
+            return self._made(state, row, "speculate" if self._kept else self._why_not(state), ranked)
         best = self._best(table)
         self._kept = best[0]
         if best[0]:
-            return self._made(state, best, "speculate")
+            return self._made(state, best, "speculate", ranked)
         if self._should_probe(table):
-            return self._made(state, next(r for r in table if r[0] > 0), "probe")
-        return self._made(state, best, self._why_not(state))
+            return self._made(state, next(r for r in table if r[0] > 0), "probe", ranked)
+        return self._made(state, best, self._why_not(state), ranked)
 
     def _allowed(self, state: BatchState) -> tuple[list[int], str]:
         """Candidate lengths for this step, and the reason when only 0 is left."""
@@ -316,8 +318,8 @@ class GoodputController:
                 return [0], "kv_pressure"
         return [k for k in self.candidates if k <= limit] or [0], ""
 
-    def _evaluate(self, state: BatchState, options: list[int]) -> list[tuple[int, float, float, float, int]] | None:
-        """For each k: (k, N(k), T'(k), T(k), admitted slots n). None when the acceptance is not finite."""
+    def _evaluate(self, state: BatchState, options: list[int]) -> tuple[Table, Ranked | None]:
+        """For each k: (k, N(k), T'(k), T(k), admitted slots n); with ragged lengths the slots by rank, too."""
         n_seqs, longest = len(state.ids), options[-1]
         n_ctx = float(sum(state.context.tolist()))
         base = float(n_seqs) if state.weights is None else float(np.sum(state.weights))
@@ -335,7 +337,7 @@ class GoodputController:
             ms = float(self.cost.target(n_ctx, full + share * n, n_seqs)) + self.cost.draft(n_ctx, n_seqs, k)
             table.append((k, base + share * gains[k], ms - own, ms, n))
         self.cost.within_range(n_ctx, full + slots[longest])
-        return table
+        return table, None
 
     def _uniform(self, state: BatchState, longest: int) -> tuple[list[float], list[int]]:
         """For k = 0..longest: accepted tokens that are expected when all verify k of them, and the slots that takes."""
@@ -363,32 +365,34 @@ class GoodputController:
 
     def _evaluate_ragged(
         self, state: BatchState, options: list[int], own: float, n_ctx: float, base: float, share: float
-    ) -> list[tuple[int, float, float, float, int]] | None:
+    ) -> tuple[Table, Ranked]:
         """Slots (i, j) in the order of survival; for each k the best number n of them."""
         survival, within = self._survival(state, options[-1])
-        if not np.isfinite(survival).all():
-            return None
-        n_seqs = len(state.ids)
-        position = np.broadcast_to(np.arange(1, survival.shape[1] + 1), survival.shape)
-        worth, where = (survival.ravel(), position.ravel()) if within is None else (survival[within], position[within])
-        order = np.argsort(-worth, kind="stable")
-        worth, where = share * worth[order], where[order]
+        n_seqs, longest = survival.shape
+        real = np.arange(survival.size) if within is None else np.flatnonzero(within)
+        worth = survival.ravel()[real]
+        # Slots of equal survival may change places: a request verifies as many of its first ones as are admitted.
+        order = np.argsort(-worth)
+        slots = real[order]
+        requests, position = np.divmod(slots, longest) if longest else (slots, slots)
+        worth = share * worth[order]
         times = np.atleast_1d(
             self.cost.target(n_ctx, n_seqs + state.n_prefill + share * np.arange(len(worth) + 1), n_seqs)
         )
-        table = []
+        table: Table = []
         for k in options:
-            slots = worth if k == options[-1] else worth[where <= k]
-            tokens = np.empty(len(slots) + 1)
+            chosen = worth if k == longest else worth[position < k]
+            tokens = np.empty(len(chosen) + 1)
             tokens[0] = base
-            np.add.accumulate(slots, out=tokens[1:])
+            np.add.accumulate(chosen, out=tokens[1:])
             tokens[1:] += base
-            draft = self.cost.draft(n_ctx, n_seqs, k)
-            net = times[: len(tokens)] + (draft - own)
+            net = times[: len(tokens)] + (self.cost.draft(n_ctx, n_seqs, k) - own)
             n = int(self._score(tokens, net).argmax()) if k else 0
-            table.append((k, float(tokens[n]), float(net[n]), float(net[n] + own), n))
+            # What is not a number sorts last; it has to be seen.
+            last = float(tokens[-1])
+            table.append((k, float(tokens[n]) if math.isfinite(last) else last, float(net[n]), float(net[n] + own), n))
         self.cost.within_range(n_ctx, n_seqs + state.n_prefill + len(worth))
-        return table
+        return table, (requests, position)
 
     @property
     def _by_ratio(self) -> bool:
@@ -416,7 +420,7 @@ class GoodputController:
             survival = survival * within
         return (survival if state.weights is None else survival * np.asarray(state.weights)[:, None]), within
 
-    def _best(self, table: list[tuple[int, float, float, float, int]]) -> tuple[int, float, float, float, int]:
+    def _best(self, table: Table) -> Row:
         ratio, rho = self._by_ratio, self.rho
         zero = best = table[0]
         floor = top = last = zero[1] / max(zero[2], 1e-9) if ratio else zero[1] - rho * zero[2]
@@ -430,7 +434,7 @@ class GoodputController:
         gain = self.min_gain * (floor if ratio else zero[1])
         return best if top > floor + gain else zero
 
-    def _should_probe(self, table: list[tuple[int, float, float, float, int]]) -> bool:
+    def _should_probe(self, table: Table) -> bool:
         if not self.probe_every or len(table) < 2 or self._zeros < self._next_probe:
             return False
         zero, one = table[0], table[1]
@@ -451,19 +455,17 @@ class GoodputController:
             state.ids, state.context, caps=state.caps, n_prefill=state.n_prefill, weights=state.weights,
             acceptance=np.ones(n_seqs),
         )  # fmt: skip
-        table = self._evaluate(perfect, options)
-        reason = "low_acceptance" if table and self._best(table)[0] else "saturated"
+        reason = "low_acceptance" if self._best(self._evaluate(perfect, options)[0])[0] else "saturated"
         self._why = (n_seqs, prefilling, reason)
         return reason
 
-    def _made(self, state: BatchState, row: tuple[int, float, float, float, int], reason: str) -> SpecDecision:
+    def _made(self, state: BatchState, row: Row, reason: str, ranked: Ranked | None) -> SpecDecision:
         k, tokens, net, ms, n = row
-        lens = state.limits(k)
-        if self.verify == "ragged" and k and reason != "probe":
-            survival, within = self._survival(state, k)
-            index = np.arange(survival.size) if within is None else np.flatnonzero(within)
-            admitted = index[np.argsort(-survival.ravel()[index], kind="stable")[:n]]
-            lens = np.bincount(admitted // k, minlength=len(state.ids))
+        if ranked is None or not k or reason == "probe":
+            lens = state.limits(k)
+        else:
+            requests, position = ranked
+            lens = np.bincount(requests[position < k][:n], minlength=len(state.ids))
         return SpecDecision(k, lens, tokens / net if net > 0 else math.nan, ms, reason)
 
     def explain(self, state: BatchState) -> list[dict[str, float]]:
@@ -472,8 +474,8 @@ class GoodputController:
         Raises UserError when acceptance or cost is not finite.
         """
         options, _ = self._allowed(state)
-        table = self._evaluate(state, options)
-        if table is None or not all(math.isfinite(v) for row in table for v in row[1:4]):
+        table, _ = self._evaluate(state, options)
+        if not all(math.isfinite(v) for row in table for v in row[1:4]):
             raise UserError("acceptance or cost is not a finite number for this state")
         return [
             {
