@@ -77,7 +77,8 @@ class AcceptanceTracker:
     initial: the estimate before anything is seen, worth `prior` trials (the prior decays like everything else).
     half_life: trials after which an observation counts half; `request_half_life` likewise inside one request.
     memory: the common alpha remembers this many times longer while nothing changes. As soon as the sums of the short
-    half-life tell another acceptance, by more than chance, it starts anew from them; 1 for the short half-life alone.
+    half-life tell another acceptance, by more than chance, it starts anew from that with the weight of `prior` trials;
+    1 for the short half-life alone.
     request_prior: n0 at first. Later n0 is what the spread among requests tells: accepted trials of a request vary by
     1 + (tried - 1) / (n0 + 1) times the variance of independent ones (beta-binomial, method of moments), so requests that
     are alike share one estimate and requests that differ keep their own.
@@ -107,6 +108,7 @@ class AcceptanceTracker:
         self.per_request = per_request and mode != "ema"
         self.half_life = half_life
         self.memory = memory
+        self.prior = prior
         self.request_half_life = request_half_life
         self.ema = ema
         self.ignored = 0
@@ -151,7 +153,8 @@ class AcceptanceTracker:
             return
         self._recent = _decayed(*self._recent, hits, trials, self.half_life)
         self._common = _decayed(*self._common, hits, trials, self.half_life * self.memory)
-        self._notice()
+        if self.memory > 1:
+            self._notice()
         if self.mode == "hazard":
             for j in range(min(int(max(v)), len(self._position_tried))):
                 at = float(sum(t > j for t in tried))
@@ -178,7 +181,8 @@ class AcceptanceTracker:
         # A decayed sum of n trials varies as the mean of 2 n equally weighted ones.
         variance = max(common * (1 - common), 0.02) / (2 * self._recent[1])
         if (recent - common) ** 2 > CHANGE**2 * variance:
-            self._common = self._recent
+            # Most of the recent trials may be older than the change: what comes next weighs more.
+            self._common = self._recent = (recent * self.prior, self.prior)
 
     def rates(self, ids: Sequence[Hashable]) -> list[float]:
         """Acceptance alpha_i of these requests, in [0, CEILING]."""
