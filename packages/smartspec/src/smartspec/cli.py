@@ -1,6 +1,7 @@
 """The command `smartspec`: parses, calls, prints."""
 
 import json as json_module
+import logging
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ import typer
 from tenfold_shared.cli import Device, Json, Output, Seed, Table, console, emit, make_app
 from tenfold_shared.errors import UserError
 
+log = logging.getLogger(__name__)
 app = make_app("smartspec", "Speculative decoding that picks its own length at every step.")
 
 Cost = Annotated[str, typer.Option("--cost", help="File made by `smartspec fit`, or a preset's name.")]
@@ -83,7 +85,13 @@ def fit(
     model = kinds[kind].fit(samples, fingerprint=found)
     model.save(out)
     error = {k: kinds[k].fit(samples).error(samples) for k in ("piecewise", "linear")}
-    emit({"file": str(out), "kind": kind, "points": len(samples), "mean relative error": model.error(samples), **{f"error, {k}": v for k, v in error.items()}}, json)  # fmt: skip
+    missed = model.error(samples)
+    if missed > 0.25:
+        log.warning(
+            "the model misses the profile by %.0f %%: profile again with more --repeats, --clock cpu or a quiet machine",
+            100 * missed,
+        )
+    emit({"file": str(out), "kind": kind, "points": len(samples), "mean relative error": missed, **{f"error, {k}": v for k, v in error.items()}}, json)  # fmt: skip
 
 
 @app.command(epilog="Example: smartspec simulate --rates 8,24 --requests 100 --acceptance 0.7")
