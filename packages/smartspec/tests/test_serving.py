@@ -96,6 +96,31 @@ def test_two_steps_in_flight_meet_their_own_times():
     assert len(b.samples) == 2
 
 
+def test_a_decision_not_to_speculate_stands_while_the_batch_is_the_same():
+    b, asked = bridge(), []
+    for _ in range(100):
+        b.policy.tracker.update("ab", [2, 2], [0, 0])
+    decide = b.policy.decide
+    b.policy.decide = lambda state: asked.append(state.ids) or decide(state)
+    both = [request("a"), request("b")]
+    assert [b.decide(both) for _ in range(16)] == [0] * 16
+    assert len(asked) == 2 and b.policy.counters["low_acceptance"] == 16 == b.policy._zeros
+    b.decide([request("a"), request("c")])
+    b.decide([request("a")], [request("c")])
+    b.decide(both, [request("d", done=0, computed=0)], budget=2048)
+    b.decide(both)
+    assert len(asked) == 5
+    b.policy = FixedLength(3)
+    assert b.decide(both) == 3
+
+
+def test_a_length_is_decided_anew_in_every_step():
+    b, asked = bridge(), []
+    decide = b.policy.decide
+    b.policy.decide = lambda state: asked.append(state.ids) or decide(state)
+    assert all(b.decide([request("a"), request("b")]) > 0 for _ in range(8)) and len(asked) == 8
+
+
 def test_refits_become_rarer():
     rng = np.random.default_rng(0)
     samples, fitted = [], []

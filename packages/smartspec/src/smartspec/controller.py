@@ -33,6 +33,8 @@ from smartspec.cost import CostModel
 Row = tuple[int, float, float, float, int]
 Table = list[Row]
 Ranked = tuple[NDArray[Any], NDArray[Any]]
+STANDS = 7
+"""Steps for which a decision not to speculate stands: without drafts nothing is learned that could change it."""
 PATIENCE = 3.0
 """Usual gaps between two requests after which none is expected any more."""
 
@@ -79,6 +81,7 @@ class SpecDecision:
     goodput: expected tokens per ms of prefill-free time. predicted_ms: of the whole step, prefill included.
     reason: "speculate", or why not: "saturated" (even perfect drafts would not pay), "low_acceptance", "prefill",
     "kv_pressure", "capped", "invalid", "guard"; "probe" for a step that only refreshes the estimate.
+    stands: steps for which the same requests, without prefill, need not ask again; `GoodputController.repeat` is told of each.
     """
 
     draft_len: int
@@ -86,6 +89,7 @@ class SpecDecision:
     goodput: float = math.nan
     predicted_ms: float = math.nan
     reason: str = "speculate"
+    stands: int = 0
 
 
 @dataclass
@@ -272,13 +276,23 @@ class GoodputController:
             self._quiet_ms = 0.0
         self._known = present
         decision = self._decide(state)
+        if decision.reason in ("low_acceptance", "saturated") and not state.n_prefill:
+            decision.stands = STANDS
+        self._count(decision)
+        return decision
+
+    def repeat(self, decision: SpecDecision) -> None:
+        """A decision that stands was used for one more step."""
+        self._age += 1
+        self._count(decision)
+
+    def _count(self, decision: SpecDecision) -> None:
         self.counters[decision.reason] += 1
         if decision.draft_len == 0:
             self._zeros += 1
         else:
             self._zeros = 0
         self._predictions.append((decision.draft_len, decision.goodput))
-        return decision
 
     def _decide(self, state: BatchState) -> SpecDecision:
         options, blocked = self._allowed(state)

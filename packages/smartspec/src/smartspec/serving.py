@@ -198,6 +198,9 @@ class Bridge:
         self.samples: deque[StepSample] = deque(maxlen=4096)
         self.decision = SpecDecision(0, np.zeros(0, int))
         self.lens: dict[Hashable, int] = {}
+        self._names: list[Hashable] = []
+        self._stands = 0
+        self._asked: Any = None
         self.steps = 0
         self.live: LiveCost | None = None
         cost = settings.load_cost()
@@ -234,15 +237,20 @@ class Bridge:
             if len(requests) >= self.max_num_seqs:
                 break
             requests.append(request)
+        names = [r.request_id for r in requests]
+        if self._stands and names == self._names and self.policy is self._asked:
+            self._stands -= 1
+            self._asked.repeat(self.decision)
+            return self.decision.draft_len
+        self._names, self._stands = names, 0
         self.decision = SpecDecision(0, np.zeros(len(requests), int))
         self.lens = {}
         if not requests:
             return 0
-        ids, context, caps, prefill = [], [], [], []
+        context, caps, prefill = [], [], []
         worth: list[float] | None = None
         # One pass without numpy: at a few requests, getting it started would take longer than the decision.
         for i, r in enumerate(requests):
-            ids.append(r.request_id)
             context.append(r.num_tokens)
             cap = self.remaining(r) - 1
             if r.num_computed_tokens < r.num_prompt_tokens:
@@ -257,7 +265,7 @@ class Bridge:
         if budget:
             n_prefill = min(n_prefill, max(budget - (len(requests) - len(prefill)), 0))
         state = BatchState(
-            ids, np.array(context), caps=np.array(caps), n_prefill=n_prefill, free_tokens=free_tokens,
+            names, np.array(context), caps=np.array(caps), n_prefill=n_prefill, free_tokens=free_tokens,
             weights=None if worth is None else np.array(worth), matches_unknown=self.lookup,
         )  # fmt: skip
         if self.live is not None and self.live.model is None:
@@ -265,7 +273,8 @@ class Bridge:
             self.decision = SpecDecision(k, state.limits(k), reason="calibration")
         else:
             self.decision = self.policy.decide(state)
-        self.lens = dict(zip(ids, self.decision.verify_lens.tolist(), strict=True))
+            self._asked, self._stands = self.policy, self.decision.stands
+        self.lens = dict(zip(names, self.decision.verify_lens.tolist(), strict=True))
         return self.decision.draft_len
 
     def remaining(self, request: Any) -> int:
