@@ -238,9 +238,10 @@ class Bridge:
                 break
             requests.append(request)
         names = [r.request_id for r in requests]
-        if self._stands and names == self._names and self.policy is self._asked:
+        policy: Any = self.policy
+        if self._stands and names == self._names and self._asked is policy:
             self._stands -= 1
-            self._asked.repeat(self.decision)
+            policy.repeat(self.decision)
             return self.decision.draft_len
         self._names, self._stands = names, 0
         self.decision = SpecDecision(0, np.zeros(len(requests), int))
@@ -272,8 +273,8 @@ class Bridge:
             k = min(self.live.explore(), max(caps))
             self.decision = SpecDecision(k, state.limits(k), reason="calibration")
         else:
-            self.decision = self.policy.decide(state)
-            self._asked, self._stands = self.policy, self.decision.stands
+            self.decision = policy.decide(state)
+            self._asked, self._stands = policy, self.decision.stands
         self.lens = dict(zip(names, self.decision.verify_lens.tolist(), strict=True))
         return self.decision.draft_len
 
