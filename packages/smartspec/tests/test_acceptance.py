@@ -63,11 +63,61 @@ def test_dividing_by_the_drafted_length_would_be_biased():
 
 
 def test_one_request_and_many_smooth_alike():
-    one, many = (AcceptanceTracker(per_request=False, initial=0.2) for _ in range(2))
+    one, many = (AcceptanceTracker(per_request=False, initial=0.2, memory=1) for _ in range(2))
     for _ in range(256):
         one.update([0], [1], [1])
     many.update(range(256), np.ones(256), np.ones(256))
     assert many.alpha == pytest.approx(one.alpha, abs=2e-3)
+
+
+def test_a_steady_acceptance_is_told_better_by_a_long_memory_and_a_change_as_soon_as_by_a_short_one():
+    errors, after = {1.0: [], 20.0: []}, {1.0: [], 20.0: []}
+    for memory in errors:
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            tracker = AcceptanceTracker(per_request=False, memory=memory)
+            for _ in range(400):
+                tracker.update(range(4), np.full(4, 4), censored(rng, 0.7, 4, 4))
+            errors[memory].append(abs(tracker.alpha - 0.7))
+            for _ in range(60):
+                tracker.update(range(4), np.full(4, 4), censored(rng, 0.3, 4, 4))
+            after[memory].append(abs(tracker.alpha - 0.3))
+    assert np.mean(errors[20.0]) < 0.6 * np.mean(errors[1.0])
+    assert np.mean(after[20.0]) < np.mean(after[1.0]) + 0.05 < 0.15
+
+
+@pytest.mark.parametrize(("concentration", "least", "most"), [(None, 40, 500), (6.0, 3, 14), (1.0, 2, 4)])
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_weight_of_a_request_of_its_own_follows_the_spread_among_requests(concentration, least, most, ends):
+    """Requests of one acceptance share it; those of a Beta distribution give its concentration back."""
+    rng, priors = np.random.default_rng(0), []
+    for _ in range(10):
+        tracker = AcceptanceTracker()
+        for group in range(10):
+            n = 16
+            alpha = np.full(n, 0.7)
+            if concentration:
+                alpha = rng.beta(0.7 * concentration, 0.3 * concentration, n)
+            names = [(group, i) for i in range(n)]
+            for _ in range(20):
+                kept = np.cumprod(rng.random((n, 4)) < alpha[:, None], axis=1).sum(axis=1)
+                tracker.update(names, np.full(n, 4), kept)
+            for name in names if ends else ():
+                tracker.forget(name)
+        priors.append(tracker.request_prior)
+    assert least <= np.median(priors) <= most
+
+
+@pytest.mark.parametrize("mode", ["counts", "hazard", "ema"])
+def test_survival_is_the_product_of_the_rates_and_their_ratios_by_position(mode):
+    tracker = AcceptanceTracker(mode, positions=4)
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        tracker.update("ab", [4, 2], [rng.integers(0, 5), rng.integers(0, 3)])
+    rates, ratios = np.array(tracker.rates("abc")), tracker.ratios(6) or [1.0] * 6
+    expected = np.cumprod(np.minimum(rates[:, None] * np.array(ratios), 0.9999), axis=1)
+    assert tracker.survival("abc", 6) == pytest.approx(expected)
+    assert tracker.acceptance("abc") == pytest.approx(rates) and tracker.survival("abc", 0).shape == (3, 0)
 
 
 def test_hazards_follow_positions():

@@ -3,8 +3,10 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from smartspec import cli, testbed
+from smartspec import StepSample, cli, testbed
+from smartspec.profiling import save_profile
 from typer.testing import CliRunner
 
 SUBCOMMANDS = ["demo", "profile", "fit", "simulate", "explain", "table", "serve-args", "generate", "verify", "bench"]
@@ -60,6 +62,21 @@ def test_from_a_profile_to_a_vllm_command_line_and_a_table(profiled):
         "simulate", "--cost", cost, "--rates", 1, "--requests", 5, "--policies", "none,goodput", "--output-tokens", 8
     )
     assert [r["policy"] for r in grid] == ["none", "goodput"]
+
+
+def test_a_profile_that_no_model_fits_is_said_to_be_so(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    for name, noise in (("quiet", 0.0), ("loud", 1.5)):
+        samples = [
+            StepSample(100 * n, n * (k + 1), n, ms=(5 + n * (k + 1)) * float(np.exp(noise * rng.normal())))
+            for n in (1, 4, 16, 64)
+            for k in range(8)
+        ]
+        save_profile(tmp_path / f"{name}.json", samples, {})
+    call("fit", tmp_path / "quiet.json", "--out", tmp_path / "c.json")
+    assert "misses" not in caplog.text
+    call("fit", tmp_path / "loud.json", "--out", tmp_path / "c.json")
+    assert "profile again" in caplog.text
 
 
 def test_fit_of_every_kind(profiled):

@@ -1,5 +1,7 @@
 import json
 import logging
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,3 +138,34 @@ def test_far_outside_the_profile_warns_once(caplog):
 
 def test_draft_cost_of_nothing():
     assert DraftCost()(100, 4, 0) == 0
+
+
+@pytest.mark.parametrize("name", ["two planes", "staircase"])
+def test_a_number_gives_what_an_array_gives(name):
+    model = {
+        "two planes": PiecewiseCostModel(planes=np.array([[3e-4, 0, 0.01, 9.4], [0, 0.07, 0, 1.0]])),
+        "staircase": TableCostModel(sizes=np.array([8.0, 16, 48]), times=np.array([5.0, 7.0, 11.0]), per_ctx=1e-3),
+    }[name]
+    points = [1.0, 8.0, 9.0, 40.0, 48.0, 500.0]
+    whole = model.target(300.0, np.array(points), 4)
+    assert [model.target(300.0, n, 4) for n in points] == pytest.approx(whole.tolist())
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_number_is_not_finite_where_a_plane_is_not(row):
+    planes = np.array([[0, 0, 0, 5.0], [0, 1.0, 0, 0]])
+    planes[row, 3] = math.nan
+    assert math.isnan(PiecewiseCostModel(planes=planes).target(1.0, 4.0))
+
+
+def test_pauses_of_the_machine_do_not_move_the_fit():
+    """One step in seven takes up to twice as long as it should."""
+    true = PiecewiseCostModel(planes=np.array([[2e-3, 0, 0, 9.0], [0, 0.3, 0, 6.0]]), draft_cost=DraftCost(step=0.8))
+    rng = np.random.default_rng(0)
+    clean = []
+    for _ in range(300):
+        n, k = int(rng.choice([1, 4, 16])), int(rng.integers(0, 7))
+        clean.append(StepSample(int(n * rng.integers(24, 60)), n * (k + 1), n, k, 0, 1.0, "step"))
+    clean = [replace(s, ms=true.step(s)) for s in clean]
+    slow = [replace(s, ms=s.ms * (1 + (rng.random() < 1 / 7) * rng.random())) for s in clean]
+    assert PiecewiseCostModel.fit(slow).error(clean) < 0.01

@@ -6,9 +6,10 @@ from types import SimpleNamespace as Fake
 import numpy as np
 import pytest
 from smartspec import FixedLength, GoodputController, Hardware, PiecewiseCostModel
+from smartspec.cost import StepSample
 from smartspec.errors import UnsupportedError
 from smartspec.profiling import load_profile
-from smartspec.serving import Bridge, Settings, check_vllm, serve_args
+from smartspec.serving import Bridge, LiveCost, Settings, check_vllm, serve_args
 from tenfold_shared.errors import UserError
 
 
@@ -93,6 +94,44 @@ def test_two_steps_in_flight_meet_their_own_times():
     assert [s.ms for s in b.samples] == [5000.0, 6000.0]
     b.finished(output({"a": 1}, {}, 0), [[4]], {"a": 0}, {"a": 1})
     assert len(b.samples) == 2
+
+
+def test_a_decision_not_to_speculate_stands_while_the_batch_is_the_same():
+    b, asked = bridge(), []
+    for _ in range(100):
+        b.policy.tracker.update("ab", [2, 2], [0, 0])
+    decide = b.policy.decide
+    b.policy.decide = lambda state: asked.append(state.ids) or decide(state)
+    both = [request("a"), request("b")]
+    assert [b.decide(both) for _ in range(16)] == [0] * 16
+    assert len(asked) == 2 and b.policy.counters["low_acceptance"] == 16 == b.policy._zeros
+    b.decide([request("a"), request("c")])
+    b.decide([request("a")], [request("c")])
+    b.decide(both, [request("d", done=0, computed=0)], budget=2048)
+    b.decide(both)
+    assert len(asked) == 5
+    b.policy = FixedLength(3)
+    assert b.decide(both) == 3
+
+
+def test_a_length_is_decided_anew_in_every_step():
+    b, asked = bridge(), []
+    decide = b.policy.decide
+    b.policy.decide = lambda state: asked.append(state.ids) or decide(state)
+    assert all(b.decide([request("a"), request("b")]) > 0 for _ in range(8)) and len(asked) == 8
+
+
+def test_refits_become_rarer():
+    rng = np.random.default_rng(0)
+    samples, fitted = [], []
+    live = LiveCost(20, 10, range(6))
+    for step in range(1000):
+        n, k = int(rng.integers(1, 9)), int(rng.integers(0, 6))
+        context = int(rng.integers(10, 90)) * n
+        samples.append(StepSample(context, n * (k + 1), n, k, 0, 5 + 0.01 * context + 0.3 * n * (k + 1) + k, "step"))
+        if live.learn(samples):
+            fitted.append(step)
+    assert np.diff(fitted).tolist() == [10, 20, 40, 80, 160, 160, 160, 160, 160]
 
 
 def test_lookup_learns_how_often_it_matches():

@@ -8,6 +8,7 @@ tokens, the target's own token included. With hazards beta_j = P(j accepted | j 
 A verification stops at its first rejection, so what lies behind it was never tried: only tried positions are counted.
 """
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,14 @@ from tenfold_shared.errors import UserError
 
 CEILING = 0.9999
 """Largest acceptance that is believed; an estimate of exactly 1 would never look for a rejection."""
+CHANGE = 2.5
+"""Standard errors by which recent trials must differ for the common acceptance to have changed."""
+SPREAD_KEPT = 0.98
+"""What an ended request still counts after the next one, where the spread among requests is estimated."""
+SPREAD_EVERY = 16
+"""Updates between two looks at the running requests."""
+PRIOR_SPREAD = 1000.0
+"""Weight of the prior spread: that of about five requests of thirty trials."""
 
 
 def expected_length(acceptance: float | Sequence[float], draft_length: int) -> float:
@@ -67,6 +76,12 @@ class AcceptanceTracker:
     per_request: alpha_i = (n0 alpha + accepted_i) / (n0 + tried_i); otherwise every request has the common alpha.
     initial: the estimate before anything is seen, worth `prior` trials (the prior decays like everything else).
     half_life: trials after which an observation counts half; `request_half_life` likewise inside one request.
+    memory: the common alpha remembers this many times longer while nothing changes. As soon as the sums of the short
+    half-life tell another acceptance, by more than chance, it starts anew from that with the weight of `prior` trials;
+    1 for the short half-life alone.
+    request_prior: n0 at first. Later n0 is what the spread among requests tells: accepted trials of a request vary by
+    1 + (tried - 1) / (n0 + 1) times the variance of independent ones (beta-binomial, method of moments), so requests that
+    are alike share one estimate and requests that differ keep their own.
 
     Raises UserError for an unknown mode or an initial value outside [0, 1].
     """
@@ -79,6 +94,7 @@ class AcceptanceTracker:
         initial: float = 0.7,
         prior: float = 20.0,
         half_life: float = 150.0,
+        memory: float = 20.0,
         request_prior: float = 6.0,
         request_half_life: float = 60.0,
         ema: float = 0.15,
@@ -91,22 +107,31 @@ class AcceptanceTracker:
         self.mode = mode
         self.per_request = per_request and mode != "ema"
         self.half_life = half_life
-        self.request_prior = request_prior
+        self.memory = memory
+        self.prior = prior
         self.request_half_life = request_half_life
         self.ema = ema
         self.ignored = 0
         """Updates left out because they held NaN or impossible counts."""
         self._average = initial
-        self._accepted = initial * prior
-        self._tried = prior
+        self._recent = self._common = (initial * prior, prior)
         self._position_accepted = np.zeros(positions)
         self._position_tried = np.zeros(positions)
         self._requests: dict[Hashable, list[float]] = {}
+        # Sums over requests of the variance beyond that of independent trials, and of what full correlation would give.
+        self._ended = self._spread = (PRIOR_SPREAD / (request_prior + 1), PRIOR_SPREAD)
+        self._updates = 0
 
     @property
     def alpha(self) -> float:
         """The common acceptance probability."""
-        return self._average if self.mode == "ema" else self._accepted / self._tried
+        return self._average if self.mode == "ema" else self._common[0] / self._common[1]
+
+    @property
+    def request_prior(self) -> float:
+        """n0: how many trials of its own outweigh half of what all requests together tell of one."""
+        excess, most = self._spread
+        return min(max(most / max(excess, 1e-9) - 1, 2.0), 500.0)
 
     def update(self, ids: Sequence[Hashable], verified: ArrayLike, accepted: ArrayLike) -> None:
         """Take in one finished step.
@@ -114,68 +139,113 @@ class AcceptanceTracker:
         ids: (requests,) names. verified: (requests,) drafted tokens v_i that the target checked.
         accepted: (requests,) how many of them it kept, 0 <= accepted_i <= v_i.
         """
-        v = np.asarray(verified, dtype=float)
-        a = np.asarray(accepted, dtype=float)
-        if not (np.isfinite(v).all() and np.isfinite(a).all() and (a >= 0).all() and (a <= v).all()):
+        v: list[float] = np.asarray(verified).tolist()
+        a: list[float] = np.asarray(accepted).tolist()
+        if not all(0 <= hit <= length < math.inf for hit, length in zip(a, v, strict=True)):
             self.ignored += 1
             return
-        tried = a + (a < v)
-        trials = float(tried.sum())
+        tried = [hit + (hit < length) for hit, length in zip(a, v, strict=True)]
+        hits, trials = float(sum(a)), float(sum(tried))
         if not trials:
             return
-        hits = float(a.sum())
         if self.mode == "ema":
             self._average += self.ema * (hits / trials - self._average)
             return
-        self._accepted, self._tried = self._decay(self._accepted, self._tried, hits, trials)
+        self._recent = _decayed(*self._recent, hits, trials, self.half_life)
+        self._common = _decayed(*self._common, hits, trials, self.half_life * self.memory)
+        if self.memory > 1:
+            self._notice()
         if self.mode == "hazard":
-            for j in range(min(int(v.max()), len(self._position_tried))):
-                at = float((tried > j).sum())
+            for j in range(min(int(max(v)), len(self._position_tried))):
+                at = float(sum(t > j for t in tried))
                 if at:
-                    self._position_accepted[j], self._position_tried[j] = self._decay(
-                        float(self._position_accepted[j]), float(self._position_tried[j]), float((a > j).sum()), at
-                    )
+                    kept = float(sum(hit > j for hit in a))
+                    before = float(self._position_accepted[j]), float(self._position_tried[j])
+                    self._position_accepted[j], self._position_tried[j] = _decayed(*before, kept, at, self.half_life)
         if self.per_request:
-            for name, hit, attempt in zip(ids, a.tolist(), tried.tolist(), strict=True):
+            for name, hit, attempt in zip(ids, a, tried, strict=True):
                 if attempt:
-                    own = self._requests.setdefault(name, [0.0, 0.0])
+                    own = self._requests.setdefault(name, [0.0, 0.0, 0.0, 0.0])
                     keep = 0.5 ** (attempt / self.request_half_life)
                     own[0] = own[0] * keep + hit
                     own[1] = own[1] * keep + attempt
+                    own[2] += hit
+                    own[3] += attempt
+            self._updates += 1
+            if self._updates % SPREAD_EVERY == 0:
+                self._compare()
 
-    def _decay(self, hits: float, trials: float, new_hits: float, new_trials: float) -> tuple[float, float]:
-        """Decay by trials; inside one large step the new trials age too, so they weigh their average age."""
-        keep = 0.5 ** (new_trials / self.half_life)
-        rate = np.log(2) * new_trials / self.half_life
-        weight = (1 - keep) / rate
-        return hits * keep + new_hits * weight, trials * keep + new_trials * weight
+    def _notice(self) -> None:
+        """Start the long memory anew when the recent trials differ from it by more than chance."""
+        recent, common = self._recent[0] / self._recent[1], self.alpha
+        # A decayed sum of n trials varies as the mean of 2 n equally weighted ones.
+        variance = max(common * (1 - common), 0.02) / (2 * self._recent[1])
+        if (recent - common) ** 2 > CHANGE**2 * variance:
+            # Most of the recent trials may be older than the change: what comes next weighs more.
+            self._common = self._recent = (recent * self.prior, self.prior)
+
+    def rates(self, ids: Sequence[Hashable]) -> list[float]:
+        """Acceptance alpha_i of these requests, in [0, CEILING]."""
+        alpha = self.alpha
+        if not self.per_request or not self._requests:
+            return [min(alpha, CEILING)] * len(ids)
+        n0, known = self.request_prior, self._requests
+        common = min(alpha, CEILING)
+        rates = []
+        for name in ids:
+            own = known.get(name)
+            rates.append(common if own is None else min((n0 * alpha + own[0]) / (n0 + own[1]), CEILING))
+        return rates
 
     def acceptance(self, ids: Sequence[Hashable]) -> NDArray[Any]:
         """(requests,) acceptance alpha_i, in [0, CEILING]."""
-        alpha = self.alpha
-        if not self.per_request or not self._requests:
-            return np.full(len(ids), min(alpha, CEILING))
-        known, none = self._requests, (0.0, 0.0)
-        own = np.array([known.get(name, none) for name in ids], dtype=float).reshape(-1, 2)
-        return np.minimum((self.request_prior * alpha + own[:, 0]) / (self.request_prior + own[:, 1]), CEILING)
+        return np.array(self.rates(ids), dtype=float)
+
+    def ratios(self, draft_length: int) -> list[float] | None:
+        """beta_j / alpha for positions 1..draft_length; None where all positions are alike."""
+        if self.mode != "hazard":
+            return None
+        n = min(draft_length, len(self._position_tried))
+        alpha, weight = self.alpha, 4 * self.request_prior
+        beta = (self._position_accepted[:n] + weight * alpha) / (self._position_tried[:n] + weight)
+        known: list[float] = (beta / max(alpha, 1e-9)).tolist()
+        return known + known[-1:] * (draft_length - n)
 
     def survival(self, ids: Sequence[Hashable], draft_length: int) -> NDArray[Any]:
         """(requests, draft_length) probability S_ij that positions 1..j of request i are all accepted."""
-        alpha_i = self.acceptance(ids)
-        hazards = np.repeat(alpha_i[:, None], draft_length, axis=1)
-        if self.mode == "hazard" and draft_length:
-            n = min(draft_length, len(self._position_tried))
-            beta = np.full(draft_length, self.alpha)
-            weight = 4 * self.request_prior
-            beta[:n] = (self._position_accepted[:n] + weight * self.alpha) / (self._position_tried[:n] + weight)
-            if draft_length > n:
-                beta[n:] = beta[n - 1]
-            hazards = np.minimum(hazards * beta / max(self.alpha, 1e-9), CEILING)
+        hazards = np.repeat(self.acceptance(ids)[:, None], draft_length, axis=1)
+        ratios = self.ratios(draft_length)
+        if ratios is not None:
+            hazards = np.minimum(hazards * np.array(ratios), CEILING)
         return np.cumprod(hazards, axis=1)
 
+    def _compare(self) -> None:
+        """Take the running requests into the spread; a few of them are too near to the mean of them all."""
+        excess, most = self._ended
+        if len(self._requests) >= 4:
+            for own in self._requests.values():
+                more, full = self._deviation(own)
+                excess, most = excess + more, most + full
+        self._spread = excess, most
+
+    def _deviation(self, own: Sequence[float]) -> tuple[float, float]:
+        alpha, (_, _, hit, tried) = self.alpha, own
+        variance = alpha * (1 - alpha)
+        return (hit - alpha * tried) ** 2 - tried * variance, tried * (tried - 1) * variance
+
     def forget(self, name: Hashable) -> None:
-        """Drop what is known of a finished request."""
-        self._requests.pop(name, None)
+        """A request has finished: what it tells of the spread among requests stays."""
+        own = self._requests.pop(name, None)
+        if own is not None and own[3]:
+            excess, most = self._deviation(own)
+            self._ended = SPREAD_KEPT * self._ended[0] + excess, SPREAD_KEPT * self._ended[1] + most
+
+
+def _decayed(hits: float, trials: float, new_hits: float, new_trials: float, half_life: float) -> tuple[float, float]:
+    """Decay by trials; inside one large step the new trials age too, so they weigh their average age."""
+    keep = 0.5 ** (new_trials / half_life)
+    weight = (1 - keep) / (math.log(2) * new_trials / half_life)
+    return hits * keep + new_hits * weight, trials * keep + new_trials * weight
 
 
 class MatchRatioTracker:

@@ -20,15 +20,21 @@ import math
 from collections import Counter, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tenfold_shared.errors import UserError
 
-from smartspec.acceptance import AcceptanceTracker, MatchRatioTracker
+from smartspec.acceptance import CEILING, AcceptanceTracker, MatchRatioTracker
 from smartspec.cost import CostModel
 
+Row = tuple[int, float, float, float, int]
+Table = list[Row]
+Ranked = tuple[NDArray[Any], NDArray[Any]]
+STANDS = 7
+"""Steps for which a decision not to speculate stands: without drafts nothing is learned that could change it."""
 PATIENCE = 3.0
 """Usual gaps between two requests after which none is expected any more."""
 
@@ -63,8 +69,9 @@ class BatchState:
 
     def limits(self, draft_len: int) -> NDArray[Any]:
         """(requests,) verified lengths when every request takes what it can of a draft of `draft_len`."""
-        full: NDArray[Any] = np.full(len(self.ids), draft_len, dtype=int)
-        return full if self.caps is None else np.minimum(full, np.maximum(self.caps, 0)).astype(int)
+        if self.caps is None or not draft_len:
+            return np.full(len(self.ids), draft_len, dtype=int)
+        return np.minimum(np.maximum(self.caps, 0), draft_len).astype(int, copy=False)
 
 
 @dataclass
@@ -74,6 +81,7 @@ class SpecDecision:
     goodput: expected tokens per ms of prefill-free time. predicted_ms: of the whole step, prefill included.
     reason: "speculate", or why not: "saturated" (even perfect drafts would not pay), "low_acceptance", "prefill",
     "kv_pressure", "capped", "invalid", "guard"; "probe" for a step that only refreshes the estimate.
+    stands: steps for which the same requests, without prefill, need not ask again; `GoodputController.repeat` is told of each.
     """
 
     draft_len: int
@@ -81,6 +89,7 @@ class SpecDecision:
     goodput: float = math.nan
     predicted_ms: float = math.nan
     reason: str = "speculate"
+    stands: int = 0
 
 
 @dataclass
@@ -232,6 +241,7 @@ class GoodputController:
         self.stop_early = stop_early
         self.window_ms = window_ms
         self.kv_headroom = kv_headroom
+        self._positions = np.arange(1, max_draft_len + 1)
         self.tracker = tracker or AcceptanceTracker()
         self.matches = MatchRatioTracker()
         self.guard = guard
@@ -266,38 +276,47 @@ class GoodputController:
             self._quiet_ms = 0.0
         self._known = present
         decision = self._decide(state)
+        if decision.reason in ("low_acceptance", "saturated") and not state.n_prefill:
+            decision.stands = STANDS
+        self._count(decision)
+        return decision
+
+    def repeat(self, decision: SpecDecision) -> None:
+        """A decision that stands was used for one more step."""
+        self._age += 1
+        self._count(decision)
+
+    def _count(self, decision: SpecDecision) -> None:
         self.counters[decision.reason] += 1
         if decision.draft_len == 0:
             self._zeros += 1
         else:
             self._zeros = 0
         self._predictions.append((decision.draft_len, decision.goodput))
-        return decision
 
     def _decide(self, state: BatchState) -> SpecDecision:
         options, blocked = self._allowed(state)
-        table = self._evaluate(state, options)
-        finite = table is not None and all(math.isfinite(v) for row in table for v in row[1:4])
-        if table is None or not finite:
+        table, ranked = self._evaluate(state, options)
+        if not all(math.isfinite(v) for row in table for v in row[1:4]):
             return SpecDecision(0, np.zeros(len(state.ids), int), reason="invalid")
         if blocked:
-            return self._made(state, table[0], blocked)
+            return self._made(state, table[0], blocked, ranked)
         if self.interval > 1 and self._age % self.interval != 1 and self._kept in options:
             row = next(r for r in table if r[0] == self._kept)
-            return self._made(state, row, "speculate" if self._kept else self._why_not(state))
+            return self._made(state, row, "speculate" if self._kept else self._why_not(state), ranked)
         best = self._best(table)
         self._kept = best[0]
         if best[0]:
-            return self._made(state, best, "speculate")
+            return self._made(state, best, "speculate", ranked)
         if self._should_probe(table):
-            return self._made(state, next(r for r in table if r[0] > 0), "probe")
-        return self._made(state, best, self._why_not(state))
+            return self._made(state, next(r for r in table if r[0] > 0), "probe", ranked)
+        return self._made(state, best, self._why_not(state), ranked)
 
     def _allowed(self, state: BatchState) -> tuple[list[int], str]:
         """Candidate lengths for this step, and the reason when only 0 is left."""
         limit = self.max_draft_len if state.max_draft_len is None else min(state.max_draft_len, self.max_draft_len)
         if state.caps is not None:
-            limit = min(limit, int(np.max(state.caps)))
+            limit = min(limit, int(state.caps.max()))
         if state.survival is not None:
             limit = min(limit, np.shape(state.survival)[1])
         if limit <= 0:
@@ -313,55 +332,81 @@ class GoodputController:
                 return [0], "kv_pressure"
         return [k for k in self.candidates if k <= limit] or [0], ""
 
-    def _evaluate(self, state: BatchState, options: list[int]) -> list[tuple[int, float, float, float, int]] | None:
-        """For each k: (k, N(k), T'(k), T(k), admitted slots n). None when the acceptance is not finite."""
-        survival = self._survival(state, options[-1])
-        if not np.isfinite(survival).all():
-            return None
-        n_seqs = len(state.ids)
-        n_ctx = float(np.sum(state.context))
-        base = float(np.sum(state.weights)) if state.weights is not None else float(n_seqs)
+    def _evaluate(self, state: BatchState, options: list[int]) -> tuple[Table, Ranked | None]:
+        """For each k: (k, N(k), T'(k), T(k), admitted slots n); with ragged lengths the slots by rank, too."""
+        n_seqs, longest = len(state.ids), options[-1]
+        n_ctx = float(sum(state.context.tolist()))
+        base = float(n_seqs) if state.weights is None else float(np.sum(state.weights))
         share = self.matches.ratio if state.matches_unknown else 1.0
+        full = n_seqs + state.n_prefill
         own = 0.0
         if self.prefill != "included" and state.n_prefill:
-            plain = self.cost.target(n_ctx, np.array([n_seqs, n_seqs + state.n_prefill]), n_seqs)
-            own = float(plain[1] - plain[0])
-        caps = state.limits(options[-1])
+            own = float(self.cost.target(n_ctx, full, n_seqs)) - float(self.cost.target(n_ctx, n_seqs, n_seqs))
         if self.verify == "ragged":
-            return self._evaluate_ragged(state, options, survival, caps, own, n_ctx, base, share)
-        gains = survival.sum(axis=0) if survival.shape[1] else np.zeros(0)
-        slots = np.concatenate([[0], np.cumsum([(caps > j).sum() for j in range(options[-1])])])
-        tokens = base + share * np.concatenate([[0.0], np.cumsum(gains)])
-        times = self.cost.target(n_ctx, n_seqs + state.n_prefill + share * slots, n_seqs)
+            return self._evaluate_ragged(state, options, own, n_ctx, base, share)
+        gains, slots = self._uniform(state, longest)
         table = []
         for k in options:
-            ms = float(times[k]) + self.cost.draft(n_ctx, n_seqs, k)
-            table.append((k, float(tokens[k]), ms - own, ms, int(slots[k])))
-        self.cost.within_range(n_ctx, n_seqs + state.n_prefill + slots[-1])
-        return table
+            n = slots[k]
+            ms = float(self.cost.target(n_ctx, full + share * n, n_seqs)) + self.cost.draft(n_ctx, n_seqs, k)
+            table.append((k, base + share * gains[k], ms - own, ms, n))
+        self.cost.within_range(n_ctx, full + slots[longest])
+        return table, None
+
+    def _uniform(self, state: BatchState, longest: int) -> tuple[list[float], list[int]]:
+        """For k = 0..longest: accepted tokens that are expected when all verify k of them, and the slots that takes."""
+        n_seqs = len(state.ids)
+        if state.survival is not None:
+            survival, within = self._survival(state, longest)
+            counts = [n_seqs] * longest if within is None else np.add.reduce(within, axis=0, dtype=int).tolist()
+            return [0.0, *np.cumsum(survival.sum(axis=0)).tolist()], [0, *accumulate(counts)]
+        # Numpy takes longer to get started than these loops take, most of all after a model has emptied the caches.
+        alphas = self.tracker.rates(state.ids) if state.acceptance is None else state.acceptance.tolist()
+        ratios = self.tracker.ratios(longest) if state.acceptance is None else None
+        caps = None if state.caps is None else state.caps.tolist()
+        weights = None if state.weights is None else state.weights.tolist()
+        kept, counts = [0.0] * (longest + 1), [0] * (longest + 1)
+        for i, alpha in enumerate(alphas):
+            most = longest if caps is None or caps[i] > longest else caps[i]
+            survives = 1.0 if weights is None else weights[i]
+            for j in range(1, most + 1):
+                survives *= alpha if ratios is None else min(alpha * ratios[j - 1], CEILING)
+                kept[j] += survives
+            counts[max(most, 0)] += 1
+        # Requests that stop at j take a slot at each position up to it.
+        at_least = list(accumulate(reversed(counts)))[::-1]
+        return list(accumulate(kept)), [0, *accumulate(at_least[1:])]
 
     def _evaluate_ragged(
-        self, state: BatchState, options: list[int], survival: NDArray[Any], caps: NDArray[Any],
-        own: float, n_ctx: float, base: float, share: float,
-    ) -> list[tuple[int, float, float, float, int]]:  # fmt: skip
+        self, state: BatchState, options: list[int], own: float, n_ctx: float, base: float, share: float
+    ) -> tuple[Table, Ranked]:
         """Slots (i, j) in the order of survival; for each k the best number n of them."""
-        n_seqs = len(state.ids)
-        position = np.broadcast_to(np.arange(1, survival.shape[1] + 1), survival.shape)
-        real = position <= caps[:, None]
-        worth, where = survival[real], position[real]
-        order = np.argsort(-worth, kind="stable")
-        worth, where = share * worth[order], where[order]
+        survival, within = self._survival(state, options[-1])
+        n_seqs, longest = survival.shape
+        real = np.arange(survival.size) if within is None else np.flatnonzero(within)
+        worth = survival.ravel()[real]
+        # Slots of equal survival may change places: a request verifies as many of its first ones as are admitted.
+        order = np.argsort(-worth)
+        slots = real[order]
+        requests, position = np.divmod(slots, longest) if longest else (slots, slots)
+        worth = share * worth[order]
         times = np.atleast_1d(
             self.cost.target(n_ctx, n_seqs + state.n_prefill + share * np.arange(len(worth) + 1), n_seqs)
         )
-        table = []
+        table: Table = []
         for k in options:
-            tokens = base + np.concatenate([[0.0], np.cumsum(worth[where <= k])])
-            draft = self.cost.draft(n_ctx, n_seqs, k)
-            net = times[: len(tokens)] + (draft - own)
-            n = int(np.argmax(self._score(tokens, net))) if k else 0
-            table.append((k, float(tokens[n]), float(net[n]), float(net[n] + own), n))
-        return table
+            chosen = worth if k == longest else worth[position < k]
+            tokens = np.empty(len(chosen) + 1)
+            tokens[0] = base
+            np.add.accumulate(chosen, out=tokens[1:])
+            tokens[1:] += base
+            net = times[: len(tokens)] + (self.cost.draft(n_ctx, n_seqs, k) - own)
+            n = int(self._score(tokens, net).argmax()) if k else 0
+            # What is not a number sorts last; it has to be seen.
+            last = float(tokens[-1])
+            table.append((k, float(tokens[n]) if math.isfinite(last) else last, float(net[n]), float(net[n] + own), n))
+        self.cost.within_range(n_ctx, n_seqs + state.n_prefill + len(worth))
+        return table, (requests, position)
 
     @property
     def _by_ratio(self) -> bool:
@@ -374,35 +419,36 @@ class GoodputController:
             return tokens / np.maximum(ms, 1e-9)
         return tokens - self.rho * ms
 
-    def _survival(self, state: BatchState, draft_len: int) -> NDArray[Any]:
-        """(requests, draft_len) weighted survival, 0 beyond the caps."""
+    def _survival(self, state: BatchState, draft_len: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """(requests, draft_len) weighted survival, 0 beyond the caps; and what is within them, None when all is."""
+        position = self._positions[:draft_len]
         if state.survival is not None:
             survival = np.asarray(state.survival, dtype=float)[:, :draft_len]
         elif state.acceptance is None:
             survival = self.tracker.survival(state.ids, draft_len)
         else:
-            alpha = np.asarray(state.acceptance, dtype=float)
-            survival = np.cumprod(np.repeat(alpha[:, None], draft_len, axis=1), axis=1)
-        if state.caps is not None:
-            survival = survival * (np.arange(1, draft_len + 1) <= state.limits(draft_len)[:, None])
-        return survival if state.weights is None else survival * np.asarray(state.weights)[:, None]
+            survival = np.asarray(state.acceptance, dtype=float)[:, None] ** position
+        within = None
+        if state.caps is not None and int(state.caps.min()) < draft_len:
+            within = position <= state.caps[:, None]
+            survival = survival * within
+        return (survival if state.weights is None else survival * np.asarray(state.weights)[:, None]), within
 
-    def _best(self, table: list[tuple[int, float, float, float, int]]) -> tuple[int, float, float, float, int]:
+    def _best(self, table: Table) -> Row:
+        ratio, rho = self._by_ratio, self.rho
         zero = best = table[0]
-        top = last = float(self._score(zero[1], zero[2]))
+        floor = top = last = zero[1] / max(zero[2], 1e-9) if ratio else zero[1] - rho * zero[2]
         for row in table[1:]:
-            score = float(self._score(row[1], row[2]))
+            score = row[1] / max(row[2], 1e-9) if ratio else row[1] - rho * row[2]
             if score > top:
                 top, best = score, row
             if self.stop_early and score < last:
                 break
             last = score
-        floor = float(self._score(zero[1], zero[2]))
-        if self._by_ratio:
-            return best if top > floor * (1 + self.min_gain) else zero
-        return best if top > floor + self.min_gain * zero[1] else zero
+        gain = self.min_gain * (floor if ratio else zero[1])
+        return best if top > floor + gain else zero
 
-    def _should_probe(self, table: list[tuple[int, float, float, float, int]]) -> bool:
+    def _should_probe(self, table: Table) -> bool:
         if not self.probe_every or len(table) < 2 or self._zeros < self._next_probe:
             return False
         zero, one = table[0], table[1]
@@ -423,20 +469,17 @@ class GoodputController:
             state.ids, state.context, caps=state.caps, n_prefill=state.n_prefill, weights=state.weights,
             acceptance=np.ones(n_seqs),
         )  # fmt: skip
-        table = self._evaluate(perfect, options)
-        reason = "low_acceptance" if table and self._best(table)[0] else "saturated"
+        reason = "low_acceptance" if self._best(self._evaluate(perfect, options)[0])[0] else "saturated"
         self._why = (n_seqs, prefilling, reason)
         return reason
 
-    def _made(self, state: BatchState, row: tuple[int, float, float, float, int], reason: str) -> SpecDecision:
+    def _made(self, state: BatchState, row: Row, reason: str, ranked: Ranked | None) -> SpecDecision:
         k, tokens, net, ms, n = row
-        lens = state.limits(k)
-        if self.verify == "ragged" and k and reason != "probe":
-            survival = self._survival(state, k)
-            real = np.arange(1, k + 1) <= lens[:, None]
-            index = np.flatnonzero(real.ravel())
-            admitted = index[np.argsort(-survival.ravel()[index], kind="stable")[:n]]
-            lens = np.bincount(admitted // k, minlength=len(state.ids))
+        if ranked is None or not k or reason == "probe":
+            lens = state.limits(k)
+        else:
+            requests, position = ranked
+            lens = np.bincount(requests[position < k][:n], minlength=len(state.ids))
         return SpecDecision(k, lens, tokens / net if net > 0 else math.nan, ms, reason)
 
     def explain(self, state: BatchState) -> list[dict[str, float]]:
@@ -445,8 +488,8 @@ class GoodputController:
         Raises UserError when acceptance or cost is not finite.
         """
         options, _ = self._allowed(state)
-        table = self._evaluate(state, options)
-        if table is None or not all(math.isfinite(v) for row in table for v in row[1:4]):
+        table, _ = self._evaluate(state, options)
+        if not all(math.isfinite(v) for row in table for v in row[1:4]):
             raise UserError("acceptance or cost is not a finite number for this state")
         return [
             {
@@ -474,18 +517,20 @@ class GoodputController:
             self.counters["invalid"] += 1
             return
         # The price is in the cost model's own milliseconds: a model that is off by a factor then still ranks lengths alike.
-        n_prefill = 0 if self.prefill == "included" else outcome.n_prefill
-        believed = float(self.cost.target(outcome.n_ctx, outcome.n_batched - n_prefill, n_seqs))
-        believed += self.cost.draft(outcome.n_ctx, n_seqs, outcome.draft_len)
+        n_ctx, n_batched = float(outcome.n_ctx), float(outcome.n_batched)
+        whole = float(self.cost.target(n_ctx, n_batched, n_seqs))
+        plain = whole
+        if outcome.n_prefill:
+            plain = float(self.cost.target(n_ctx, n_batched - outcome.n_prefill, n_seqs))
+        believed = whole if self.prefill == "included" else plain
+        believed += self.cost.draft(n_ctx, n_seqs, outcome.draft_len)
         if math.isfinite(believed) and believed > 0:
             keep = math.exp(-believed / self.window_ms)
             self._tokens = keep * self._tokens + outcome.generated
             self._ms = keep * self._ms + believed
             self._quiet_ms += believed
         if self.guard is not None:
-            own = float(self.cost.target(outcome.n_ctx, outcome.n_batched, n_seqs)) - float(
-                self.cost.target(outcome.n_ctx, outcome.n_batched - outcome.n_prefill, n_seqs)
-            )
+            own = whole - plain
             net = max(outcome.ms - own, 0.05 * outcome.ms) if math.isfinite(own) else outcome.ms
             self.guard.observe(n_seqs, outcome.draft_len, outcome.generated, net, predicted[1])
 

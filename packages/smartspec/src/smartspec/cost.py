@@ -11,7 +11,9 @@ two planes; where captured graphs make it a staircase, a monotone table.
 
 import json
 import logging
+import math
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +29,10 @@ SCHEMA = 1
 """Version of the JSON files written by `save` and by `smartspec.profiling`."""
 FEWEST = 8
 """Points below which nothing is fitted."""
+HUBER = 1.345
+"""Standard deviations, as the median tells them, from which on a point weighs less."""
+REWEIGHTED = 2
+"""Fits with such weights after the first."""
 PLANE = ("n_ctx", "n_batched", "n_seqs", "constant")
 log = logging.getLogger(__name__)
 
@@ -84,7 +90,7 @@ class CostModel:
     _warned: bool = field(default=False, repr=False, compare=False)
 
     def target(self, n_ctx: ArrayLike, n_batched: ArrayLike, n_seqs: ArrayLike = 0) -> Any:
-        """Milliseconds of the target's forward pass; the arguments broadcast against each other."""
+        """Milliseconds of the target's forward pass; the arguments broadcast against each other, numbers give a number."""
         raise NotImplementedError
 
     def draft(self, n_ctx: float, n_seqs: int, draft_len: int) -> float:
@@ -185,12 +191,22 @@ class PiecewiseCostModel(CostModel):
     n_planes: ClassVar[int] = 2
 
     def target(self, n_ctx: ArrayLike, n_batched: ArrayLike, n_seqs: ArrayLike = 0) -> Any:
+        if isinstance(n_batched, int | float):
+            # Decisions ask for a few single points, on which numpy would spend most of its time getting started.
+            largest = -math.inf
+            for a, g, b, d in self.planes.tolist():
+                ms = a * n_ctx + g * n_batched + b * n_seqs + d
+                if ms != ms:
+                    return ms
+                if ms > largest:
+                    largest = ms
+            return largest
         a, g, b, d = (self.planes[:, i].reshape(-1, *[1] * np.ndim(n_batched)) for i in range(4))
         return (a * np.asarray(n_ctx) + g * np.asarray(n_batched) + b * np.asarray(n_seqs) + d).max(axis=0)
 
     @classmethod
     def fit(cls, samples: Sequence[StepSample], *, fingerprint: dict[str, str] | None = None, rounds: int = 50) -> Self:
-        """Fit target and draft to samples by least squares of the relative error.
+        """Fit target and draft to samples by least squares of the relative error, points far off weighing less (Huber).
 
         Points go to the plane that is larger at them, planes are refitted, until nothing moves or `rounds` are done.
         Negative slopes are refitted at zero. With samples of kind "step" both parts are fitted together.
@@ -215,11 +231,15 @@ class PiecewiseCostModel(CostModel):
                 best = (score, planes, shared, dropped)
         assert best is not None
         _, planes, shared, dropped = best
+        for _ in range(REWEIGHTED):
+            weight = _huber(((x @ planes.T).max(axis=1) + extra @ shared) / y - 1)
+            member = (x @ planes.T).argmax(axis=1)
+            planes, shared, dropped = _alternate(x, extra, y, member, cls.n_planes, rounds, weight)
         if dropped:
             # The same words every time, so that a server which refits now and then says it once.
             warnings.warn("a cost slope came out negative and was refitted at zero", stacklevel=2)
         largest = (float(x[:, 0].max()), float(x[:, 1].max()))
-        cost = _fit_draft(draft) if draft else DraftCost(*shared) if extra.shape[1] else DraftCost()
+        cost = _fit_draft(draft) if draft else DraftCost(*shared.tolist()) if extra.shape[1] else DraftCost()
         return cls(draft_cost=cost, fingerprint=dict(fingerprint or {}), largest=largest, planes=planes)
 
     def _parameters(self) -> dict[str, Any]:
@@ -254,9 +274,12 @@ class TableCostModel(CostModel):
     kind: ClassVar[str] = "table"
 
     def target(self, n_ctx: ArrayLike, n_batched: ArrayLike, n_seqs: ArrayLike = 0) -> Any:
+        slope = (self.times[-1] - self.times[0]) / max(self.sizes[-1] - self.sizes[0], 1.0)
+        if isinstance(n_batched, int | float):
+            at = min(bisect_left(self.sizes, n_batched), len(self.sizes) - 1)
+            return float(self.times[at] + slope * max(n_batched - self.sizes[-1], 0) + self.per_ctx * n_ctx)
         n = np.asarray(n_batched, dtype=float)
         step = self.times[np.minimum(np.searchsorted(self.sizes, n), len(self.sizes) - 1)]
-        slope = (self.times[-1] - self.times[0]) / max(self.sizes[-1] - self.sizes[0], 1.0)
         return step + slope * np.maximum(n - self.sizes[-1], 0) + self.per_ctx * np.asarray(n_ctx)
 
     @classmethod
@@ -372,7 +395,16 @@ def _draft_features(samples: Sequence[StepSample]) -> NDArray[Any]:
     return np.array(rows, dtype=float)
 
 
-def _relative_fit(x: NDArray[Any], y: NDArray[Any], dropped: list[float] | None = None) -> NDArray[Any]:
+def _huber(residual: NDArray[Any]) -> NDArray[Any]:
+    """Weights of points: 1 near the fit, falling with the distance beyond it. A pause of the machine is not a slow step."""
+    distance = np.abs(residual)
+    limit = HUBER * 1.4826 * float(np.median(distance))
+    return np.minimum(1.0, limit / np.maximum(distance, 1e-12)) if limit > 1e-9 else np.ones(len(residual))
+
+
+def _relative_fit(
+    x: NDArray[Any], y: NDArray[Any], dropped: list[float] | None = None, weight: NDArray[Any] | None = None
+) -> NDArray[Any]:
     """Least squares of (x w - y) / y with w >= 0; negative ones are dropped and the rest refitted.
 
     dropped: gets the negative slopes that mattered, more than a fifth of a typical time at the end of the profile.
@@ -380,10 +412,11 @@ def _relative_fit(x: NDArray[Any], y: NDArray[Any], dropped: list[float] | None 
     active = np.abs(x).max(axis=0) > 0
     w = np.zeros(x.shape[1])
     scale = np.maximum(np.abs(x).max(axis=0), 1e-12)
+    root = np.ones(len(y)) if weight is None else np.sqrt(weight)
     for _ in range(x.shape[1] + 1):
-        a = (x[:, active] / scale[active]) / y[:, None]
+        a = (x[:, active] / scale[active]) * (root / y)[:, None]
         w[:] = 0.0
-        w[active] = np.linalg.lstsq(a, np.ones(len(y)), rcond=1e-10)[0] / scale[active]
+        w[active] = np.linalg.lstsq(a, root, rcond=1e-10)[0] / scale[active]
         negative = active & (w < 0)
         if not negative.any():
             return w
@@ -395,8 +428,9 @@ def _relative_fit(x: NDArray[Any], y: NDArray[Any], dropped: list[float] | None 
 
 
 def _alternate(
-    x: NDArray[Any], extra: NDArray[Any], y: NDArray[Any], member: NDArray[Any], n_planes: int, rounds: int
-) -> tuple[NDArray[Any], NDArray[Any], list[float]]:
+    x: NDArray[Any], extra: NDArray[Any], y: NDArray[Any], member: NDArray[Any], n_planes: int, rounds: int,
+    weight: NDArray[Any] | None = None,
+) -> tuple[NDArray[Any], NDArray[Any], list[float]]:  # fmt: skip
     """Fit planes and reassign points in turn. n_seqs has no slope of its own: n_batched carries it.
 
     Returns (planes, 4), the draft coefficients, and the negative slopes that the last round refitted at zero.
@@ -414,12 +448,14 @@ def _alternate(
                 rows = np.ones(len(y), bool)
             blocks[rows, 3 * p : 3 * p + 3] = x[rows][:, use]
         if extra.shape[1] or n_planes == 1:
-            w = _relative_fit(np.hstack([blocks, extra]), y, dropped)
+            w = _relative_fit(np.hstack([blocks, extra]), y, dropped, weight)
         else:
             w = np.zeros(3 * n_planes)
             for p in range(n_planes):
                 rows = np.abs(blocks[:, 3 * p : 3 * p + 3]).max(axis=1) > 0
-                w[3 * p : 3 * p + 3] = _relative_fit(x[rows][:, use], y[rows], dropped)
+                w[3 * p : 3 * p + 3] = _relative_fit(
+                    x[rows][:, use], y[rows], dropped, None if weight is None else weight[rows]
+                )
         planes[:, use] = w[: 3 * n_planes].reshape(n_planes, 3)
         shared = w[3 * n_planes :]
         moved = (x @ planes.T).argmax(axis=1)
@@ -440,6 +476,8 @@ def _fit_draft(samples: Sequence[StepSample]) -> DraftCost:
             keep.append(column)
     w = np.zeros(5)
     w[keep] = _relative_fit(x[:, keep], y)
+    for _ in range(REWEIGHTED):
+        w[keep] = _relative_fit(x[:, keep], y, weight=_huber(x @ w / y - 1))
     return DraftCost(*(float(v) for v in w))
 
 

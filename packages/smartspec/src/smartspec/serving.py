@@ -70,7 +70,8 @@ class Settings:
     cost: a file made by `smartspec fit`, a preset's name, or None to learn from the first `calibration` steps while serving.
     candidates: lengths to choose from. verify: "uniform" or "ragged". guard: check by measurement that speculation pays.
     profile: a file that gets the timed steps. metrics: a file that gets the counters in Prometheus' text format.
-    clock: "wall", or "cpu" for the process's CPU time. every: steps between writes of these files and between refits.
+    clock: "wall", or "cpu" for the process's CPU time. every: steps between writes of these files, and up to
+    the first refit; the distance to the next one doubles, up to 16 times as many.
     """
 
     policy: str = "goodput"
@@ -131,11 +132,12 @@ class Settings:
 
 
 class LiveCost:
-    """Learns a cost model from the engine's own steps: lengths are varied for the first ones, then it is refitted now and
-    then on the latest."""
+    """Learns a cost model from the engine's own steps: lengths are varied for the first ones, then it is refitted on the
+    latest, at growing distances, because a fit takes as long as several steps."""
 
     def __init__(self, calibration: int, every: int, candidates: Sequence[int], seed: int = 0) -> None:
         self.calibration, self.every = calibration, every
+        self._longest = 16 * every
         self.candidates = list(candidates)
         self.model: PiecewiseCostModel | None = None
         self._rng = np.random.default_rng(seed)
@@ -161,6 +163,8 @@ class LiveCost:
             log.info("not enough variety in the steps so far to fit a cost model (%s)", error)
             return False
         self._since = 0
+        if self.model is not None:
+            self.every = min(2 * self.every, self._longest)
         self.model = model
         return True
 
@@ -194,6 +198,9 @@ class Bridge:
         self.samples: deque[StepSample] = deque(maxlen=4096)
         self.decision = SpecDecision(0, np.zeros(0, int))
         self.lens: dict[Hashable, int] = {}
+        self._names: list[Hashable] = []
+        self._stands = 0
+        self._asked: Any = None
         self.steps = 0
         self.live: LiveCost | None = None
         cost = settings.load_cost()
@@ -230,29 +237,45 @@ class Bridge:
             if len(requests) >= self.max_num_seqs:
                 break
             requests.append(request)
+        names = [r.request_id for r in requests]
+        policy: Any = self.policy
+        if self._stands and names == self._names and self._asked is policy:
+            self._stands -= 1
+            policy.repeat(self.decision)
+            return self.decision.draft_len
+        self._names, self._stands = names, 0
         self.decision = SpecDecision(0, np.zeros(len(requests), int))
         self.lens = {}
         if not requests:
             return 0
-        left = [max(r.num_prompt_tokens - r.num_computed_tokens, 0) for r in requests]
-        room = max(budget - sum(1 for n in left if n == 0), 0) if budget else sum(left)
-        own = [_own(r) for r in requests]
+        context, caps, prefill = [], [], []
+        worth: list[float] | None = None
+        # One pass without numpy: at a few requests, getting it started would take longer than the decision.
+        for i, r in enumerate(requests):
+            context.append(r.num_tokens)
+            cap = self.remaining(r) - 1
+            if r.num_computed_tokens < r.num_prompt_tokens:
+                prefill.append(r.num_prompt_tokens - r.num_computed_tokens)
+            if own := _own(r):
+                cap = min(cap, own.get("max_draft_len", cap))
+                if "priority" in own:
+                    worth = worth or [1.0] * len(requests)
+                    worth[i] = own["priority"]
+            caps.append(cap if cap > 0 else 0)
+        n_prefill = sum(prefill)
+        if budget:
+            n_prefill = min(n_prefill, max(budget - (len(requests) - len(prefill)), 0))
         state = BatchState(
-            ids=[r.request_id for r in requests],
-            context=np.array([r.num_tokens for r in requests]),
-            caps=np.array([min(self.remaining(r) - 1, o.get("max_draft_len", self.max_draft_len)) for r, o in zip(requests, own, strict=True)]),
-            n_prefill=min(sum(left), room),
-            free_tokens=free_tokens,
-            weights=np.array([float(o.get("priority", 1.0)) for o in own]) if any("priority" in o for o in own) else None,
-            matches_unknown=self.lookup,
+            names, np.array(context), caps=np.array(caps), n_prefill=n_prefill, free_tokens=free_tokens,
+            weights=None if worth is None else np.array(worth), matches_unknown=self.lookup,
         )  # fmt: skip
-        state.caps = np.maximum(state.caps, 0)
         if self.live is not None and self.live.model is None:
-            k = min(self.live.explore(), int(state.caps.max()))
+            k = min(self.live.explore(), max(caps))
             self.decision = SpecDecision(k, state.limits(k), reason="calibration")
         else:
-            self.decision = self.policy.decide(state)
-        self.lens = dict(zip(state.ids, self.decision.verify_lens.tolist(), strict=True))
+            self.decision = policy.decide(state)
+            self._asked, self._stands = policy, self.decision.stands
+        self.lens = dict(zip(names, self.decision.verify_lens.tolist(), strict=True))
         return self.decision.draft_len
 
     def remaining(self, request: Any) -> int:
@@ -290,18 +313,20 @@ class Bridge:
         self._flight.remove(entry)
         ms = 1000 * (self.clock() - entry[1])
         n_batched, n_prefill, n_ctx = int(output.total_num_scheduled_tokens), entry[2], entry[3]
-        ids, verified, accepted = [], [], []
         invalid = getattr(output, "num_invalid_spec_tokens", None) or {}
+        drafted = output.scheduled_spec_decode_tokens
+        ids, verified, accepted = list[Hashable](), list[int](), list[int]()
         tokens = 0
         for name, n in output.num_scheduled_tokens.items():
-            drafts = len(output.scheduled_spec_decode_tokens.get(name, ()))
+            drafts = len(drafted[name]) if name in drafted else 0
             row = index.get(name)
             got = len(sampled[row]) if row is not None and sampled else 0
             if not got or n != drafts + 1:
                 continue
+            checked = max(drafts - invalid.get(name, 0), 0) if invalid else drafts
             ids.append(name)
-            verified.append(max(drafts - invalid.get(name, 0), 0))
-            accepted.append(min(got - 1, verified[-1]))
+            verified.append(checked)
+            accepted.append(min(got - 1, checked))
             tokens += given.get(name, 0)
         draft_len = int(output.num_spec_tokens_to_schedule)
         self.steps += 1
@@ -363,11 +388,11 @@ class Bridge:
 
 def _own(request: Any) -> dict[str, Any]:
     """A request's own wishes: SamplingParams(extra_args={"smartspec": {"max_draft_len": 0, "priority": 2.0}})."""
-    extra = getattr(getattr(request, "sampling_params", None), "extra_args", None) or {}
-    own = extra.get("smartspec")
-    if not isinstance(own, Mapping):
+    extra = getattr(getattr(request, "sampling_params", None), "extra_args", None)
+    own = extra.get("smartspec") if extra else None
+    if not own or not isinstance(own, Mapping):
         return {}
-    good = {}
+    good: dict[str, Any] = {}
     for key, least in (("max_draft_len", 0), ("priority", 0.0)):
         value = own.get(key)
         # A request must not be able to stop the server: what makes no sense is left out.

@@ -1,8 +1,9 @@
 """A draft model in stock vLLM that rests while nothing is drafted: `--worker-cls smartspec.vllm_drafter.SmartSpecWorker`.
 
 vLLM runs the draft model in every step, at k = 0 too, so that its cache follows the accepted tokens; a server that does not
-speculate pays for that in each step. Here a step without drafts leaves the draft model alone, and what it missed is taken
-in by the next step that drafts, before it does. The drafts are then the same as if the model had run all along.
+speculate pays for that in each step, and for a rejection sampler that has nothing to reject. Here a step without drafts,
+neither to verify nor to make, is run as an engine without a drafter runs it, and what the draft model missed is taken in by
+the next step that drafts, before it does. The drafts are then the same as if the model had run all along.
 
 A worker class of one's own is vLLM's own extension point. An engine that schedules asynchronously does not have the tokens
 on the host when the drafter wants them, heads that read the target's hidden states cannot take them in later, and vLLM's
@@ -56,6 +57,8 @@ class RestingDraftModel(DraftModelProposer):
         self.rests = self.taken_in = 0
         self._have: dict[str, int] = {}
         """Tokens of each request in this model's cache."""
+        self._in_step = False
+        """Some request has all its tokens in this model's cache."""
 
     def prepare_next_token_ids_padded(
         self, sampled_token_ids: torch.Tensor, *args: Any, **kwargs: Any
@@ -66,19 +69,31 @@ class RestingDraftModel(DraftModelProposer):
         unused = torch.ones(len(sampled_token_ids), dtype=torch.int32, device=sampled_token_ids.device)
         return unused, unused
 
-    def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """(requests, num_speculative_tokens) drafted tokens."""
+    def rest(self) -> None:
+        """The step in progress leaves the model alone."""
+        requests = self.runner.requests
+        if self._in_step or any(name not in requests for name in self._have):
+            names, _, have = self._progress()
+            self._have.update(zip(names, have, strict=True))
+            self._in_step = False
+        self.rests += 1
+
+    def _progress(self) -> tuple[list[str], list[int], list[int]]:
+        """Names, tokens before this step, and how many of them the model has; finished requests are forgotten."""
         batch = self.runner.input_batch
         names = list(batch.req_ids)
         starts = batch.num_computed_tokens_cpu[: len(names)].tolist()
         # A prefix that vLLM found in its cache may have been written while this model rested.
         fresh = 0 if self.rests else _ALL
         self._have = {name: n for name, n in self._have.items() if name in self.runner.requests}
-        have = [min(self._have.get(name, fresh), start) for name, start in zip(names, starts, strict=True)]
+        return names, starts, [min(self._have.get(name, fresh), n) for name, n in zip(names, starts, strict=True)]
+
+    def propose(self, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(requests, num_speculative_tokens) drafted tokens."""
         if num_speculative_tokens == 0:
-            self.rests += 1
-            self._have.update(zip(names, have, strict=True))
-            return torch.empty(len(names), 0, dtype=torch.int64, device=self.device)
+            self.rest()
+            return torch.empty(len(self.runner.input_batch.req_ids), 0, dtype=torch.int64, device=self.device)
+        names, starts, have = self._progress()
         table = kwargs["common_attn_metadata"].block_table_tensor
         while behind := [row for row in range(len(names)) if have[row] < starts[row]]:
             room, parts = self.max_num_tokens, []
@@ -90,6 +105,7 @@ class RestingDraftModel(DraftModelProposer):
                     have[row] = end
             self._take_in(parts, table)
         self._have.update(dict.fromkeys(names, _ALL))
+        self._in_step = True
         return super().propose(num_speculative_tokens, *args, **kwargs)
 
     def _take_in(self, parts: Sequence[tuple[int, int, int]], table: torch.Tensor) -> None:
@@ -145,6 +161,13 @@ class SmartSpecWorker(_WORKER):
         self.resting = runner.drafter = RestingDraftModel(self.vllm_config, self.device, runner)
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        if self.resting is not None:
-            self.resting.wanted = scheduler_output.num_spec_tokens_to_schedule
-        return super().execute_model(scheduler_output)
+        if self.resting is None:
+            return super().execute_model(scheduler_output)
+        self.resting.wanted = wanted = scheduler_output.num_spec_tokens_to_schedule
+        plain = not wanted and not scheduler_output.scheduled_spec_decode_tokens
+        # The runner asks in every step whether there is a drafter; its sampling, later in this step, asks again.
+        self.model_runner.speculative_config = None if plain else self.speculative_config
+        output = super().execute_model(scheduler_output)
+        if plain and scheduler_output.total_num_scheduled_tokens:
+            self.resting.rest()
+        return output

@@ -57,7 +57,8 @@ class SmartSpecScheduler(AsyncScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         free = self.kv_cache_manager.block_pool.get_num_free_blocks() * self.block_size
         k = self.smartspec.decide(self.running, self.waiting, free_tokens=free, budget=self.max_num_scheduled_tokens)
-        self.dynamic_sd_lookup = [k] * (self.max_num_running_reqs + 1)
+        if k != self.dynamic_sd_lookup[0]:
+            self.dynamic_sd_lookup = [k] * (self.max_num_running_reqs + 1)
         return super().schedule(*args, **kwargs)
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
