@@ -1,9 +1,10 @@
-"""What cllm-jacobi claims and measures: python benchmarks/cllm_jacobi.py [--only NAME ...]
+"""What cllm-jacobi claims and measures: python benchmarks/cllm_jacobi.py [--only NAME ...] [--try SEED]
 
 A world is a target trained from nothing, its trajectories, and the consistency model made of both; one for each seed, kept
 under results/.partial for the sources they were made with. Two trainings run at a time, a thread each; what is timed
 runs alone in this process, decoders in turn. vLLM runs in the environment of `make vllm`, one engine per process; where
-there is none its rows say so.
+there is none its rows say so. `--try SEED` trains other recipes for the row `accuracy-kept`, on a seed that the table does not
+use, and writes `results/cllm-jacobi/tried.json`; what is finished is kept.
 """
 
 import ast
@@ -738,11 +739,123 @@ def gpu(seeds: list[int]) -> list[Any]:
     ]  # fmt: skip
 
 
+TRIED_TARGETS: dict[str, dict[str, Any]] = {
+    "3 heads of 32": {},
+    "4 heads of 24, initial weights 0.02": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 24,
+        "initializer_range": 0.02,
+    },
+    "4 heads of 32": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32},
+}
+TRIED_FROM, PART = "4 heads of 32", 2000
+TRIED_STUDENTS: dict[str, dict[str, Any]] = {
+    "4000 prompts, 700 steps": {"parts": 2, "steps": 700},
+    "4000 prompts, 1400 steps": {"parts": 2},
+    "4000 prompts, 1400 steps, w = 30, learning rate 0.004": {"parts": 2, "ar_weight": 30.0, "learning_rate": 4e-3},
+    "4000 prompts, 1400 steps, nine parts of it and one of the target": {"average": ("4000 prompts, 1400 steps", 0.9)},
+    "4000 prompts, 1400 steps, three parts of it and one of the target": {
+        "average": ("4000 prompts, 1400 steps", 0.75)
+    },
+}
+"""What `--try` trains: shapes of the target, and recipes of the consistency model of one of them."""
+
+
+def _tried_target(seed: int, name: str, folder: Path) -> Any:
+    """The target of a shape, from its file where it has been trained."""
+    from unittest import mock
+
+    import torch
+    from cllm_jacobi import testbed
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def shaped(*, seed: int = 0, layers: int = 3) -> Any:
+        settings = testbed_untrained(layers=layers).config.to_dict()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(LlamaConfig(**{**settings, **TRIED_TARGETS[name]})).eval()
+
+    testbed_untrained, file = testbed.untrained, folder / f"target {name}.pt"
+    with mock.patch.object(testbed, "untrained", shaped):
+        if file.exists():
+            model = shaped(seed=seed)
+            model.load_state_dict(torch.load(file, weights_only=True))
+            return model
+        model = testbed.train_target(seed=seed, steps=2000, batch=16)
+    torch.save(model.state_dict(), file)
+    return model
+
+
+def _tried_part(seed: int, part: int, folder: Path) -> None:
+    """Trajectories on the target's prompts number PART x part and up."""
+    from cllm_jacobi import save_trajectories, testbed
+
+    file = folder / f"part-{part}.parquet"
+    if not file.exists():
+        asked = [q for q, _ in testbed.questions((part + 1) * PART, seed=2000 + seed)][part * PART :]
+        target = _tried_target(seed, TRIED_FROM, folder)
+        save_trajectories(testbed.collect(target, asked, seed=seed + part, batch=250), file)
+
+
+def _tried(seed: int, name: str, folder: Path) -> dict[str, Any]:
+    """One recipe: accuracy on 1000 unseen questions of the seed and, of a trained model, tokens per forward on 60."""
+    import torch
+    from cllm_jacobi import load_trajectories, testbed
+    from datasets import concatenate_datasets
+
+    kept = folder / f"{name}.json"
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
+    student = name in TRIED_STUDENTS
+    model = _tried_target(seed, TRIED_FROM if student else name, folder)
+    settings = dict(TRIED_STUDENTS.get(name, {}))
+    if "average" in settings:
+        other, share = settings["average"]
+        trained = torch.load(folder / f"{other}.pt", weights_only=True)
+        model.load_state_dict({k: share * trained[k] + (1 - share) * v for k, v in model.state_dict().items()})
+    elif student:
+        parts = [load_trajectories(folder / f"part-{i}.parquet") for i in range(settings.pop("parts"))]
+        model = testbed.make_consistent(model, concatenate_datasets(parts), seed=seed, steps=settings.pop("steps", 1400), **settings)  # fmt: skip
+        torch.save(model.state_dict(), folder / f"{name}.pt")
+    pairs = testbed.questions(1000, split="test", seed=seed)
+    texts, _ = testbed.answer(model, pairs, block_size=1, batch=250)
+    found: dict[str, Any] = {"recipe": name, "target": TRIED_FROM if student else name, "accuracy": _mean(testbed.accuracy(texts, pairs))}  # fmt: skip
+    found["exact match"] = _mean(text == query for text, (_, query) in zip(texts, pairs, strict=True))
+    for window in ("block", "rolling") if student else ():
+        speed = testbed.answer(model, pairs[:60], batch=1, window=window)[1]
+        found[f"tokens per forward, {window}"] = float(speed.mean())
+    kept.write_text(json.dumps(found))
+    return found
+
+
+def try_recipes(seed: int) -> None:
+    """Everything of `--try`."""
+    from tenfold_shared.hub import replace_atomically
+
+    folder = HERE / f"results/.partial/cllm-jacobi/tried-{seed}-{_code(SCIENCE)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = _parallel([(_tried, (seed, name, folder)) for name in TRIED_TARGETS])
+    parts = max(settings.get("parts", 0) for settings in TRIED_STUDENTS.values())
+    _parallel([(_tried_part, (seed, part, folder)) for part in range(parts)])
+    trained = [name for name, settings in TRIED_STUDENTS.items() if "average" not in settings]
+    rows += _parallel([(_tried, (seed, name, folder)) for name in trained])
+    rows += _parallel([(_tried, (seed, name, folder)) for name in TRIED_STUDENTS if name not in trained])
+    base = next(row["accuracy"] for row in rows if row["recipe"] == TRIED_FROM)
+    for row in rows[len(TRIED_TARGETS) :]:
+        row["accuracy minus target"] = row["accuracy"] - base
+    with replace_atomically(HERE / "results/cllm-jacobi/tried.json") as partial:
+        partial.write_text(json.dumps({"seed": seed, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
     from tenfold_shared.claims import run_benchmark
     from tenfold_shared.help_time import help_time
 
     _quiet()
+    if sys.argv[1:2] == ["--try"]:
+        try_recipes(int(sys.argv[2]))
+        sys.exit()
     run_benchmark(
         "cllm-jacobi",
         [trainings, speed, vllm, block_sizes, gpu, help_time("cllm-jacobi", PAPER)],

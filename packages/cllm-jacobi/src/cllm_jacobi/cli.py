@@ -30,7 +30,7 @@ TESTBED = ("testbed-target", "testbed-consistent")
 
 
 @app.command(epilog="Example: cllm-jacobi demo --output out --seed 0")
-def demo(output: Output = Path("out/cllm-jacobi"), seed: Seed = 0, json: Json = False) -> None:
+def demo(output: Output = Path("out"), seed: Seed = 0, json: Json = False) -> None:
     """The target decodes a token a pass, the trained model many: side by side, live, then the table and the heat map."""
     from cllm_jacobi.demo import run
 
@@ -193,7 +193,7 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Answers of a process and step.")] = None,
     gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Batches of a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")] = None,
     loss: Annotated[str | None, typer.Option(help="global or local.")] = None,
     divergence: Annotated[str | None, typer.Option(help="forward_kl, reverse_kl or jsd.")] = None,
     ar_weight: Annotated[float | None, typer.Option(help="Weight of the autoregressive loss.")] = None,
