@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from tenfold_shared.cli import Device, Json, Output, Resume, Seed, Table, console, emit, make_app
+from tenfold_shared.device import pick_device
 from tenfold_shared.errors import UserError
 
 app = make_app("cllm-jacobi", "Exact parallel decoding, and the consistency training that makes it fast.")
@@ -455,21 +456,14 @@ def _model(name: str, tokenizer: str, device: str, dtype: str) -> tuple[Any, Any
 
     if dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise UserError(f"dtype is '{dtype}', expected float32, bfloat16, float16 or float64")
-    where = device
-    if device == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        where = found.type if found else "cpu"
+    where = pick_device(device)
     if name in TESTBED:
         from cllm_jacobi import testbed
 
         net = testbed.load(name.removeprefix("testbed-")).to(getattr(torch, dtype))
     else:
         net = load_model(AutoModelForCausalLM, name, dtype=getattr(torch, dtype))
-    try:
-        net = net.to(where).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{device}' cannot be used ({str(error).splitlines()[0][:100]})") from error
-    return net, _tokenizer(tokenizer or name)
+    return net.to(where).eval(), _tokenizer(tokenizer or name)
 
 
 def _tokenizer(name: str) -> Any:
