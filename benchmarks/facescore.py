@@ -812,7 +812,7 @@ REAL_VARIANTS = {
     "as in the table": {},
     "pairs as they are": {"augment": False},
     "strong noise": {"noise": 0.8},
-    "twice the updates": {"max_steps": 900, "evaluate_every": 150},
+    "1200 updates, twice the pairs": {"max_steps": 1200, "evaluate_every": 200, "noise": 0.05, "copies": 120},
     "start from the reward of drawn faces": {"start": True},
 }
 
@@ -854,9 +854,9 @@ def try_plain(seed: int, *, pairs: int = 1024, grain: float = 0.0, **changes: fl
 
 
 def try_real(
-    seed: int, *, augment: bool = True, start: bool = False, member: int = 0, **changes: float
+    seed: int, *, augment: bool = True, copies: int = 60, start: bool = False, member: int = 0, **changes: float
 ) -> tuple[float, RewardModel]:
-    train, test, _ = real_pairs(seed, augment=augment)
+    train, test, _ = real_pairs(seed, copies=copies, augment=augment)
     reward = real_reward(seed + 1000 * member)
     config = RewardConfig(**{**REAL_TRAINING, **changes}, seed=seed + 1000 * member)
     if start:
