@@ -123,6 +123,20 @@ def test_builder_on_the_drawn_world(tmp_path):
         assert (np.asarray(win) != np.asarray(lose)).any()
 
 
+def test_winner_may_take_on_the_generators_grain(tmp_path):
+    items = plain_items()
+    touched = list(builder(grain=0.4, strength=[0.5, 1.0]).pairs(items))
+    plain = list(builder(strength=[0.5, 1.0]).pairs(items))
+    for a, b, i in zip(touched, plain, range(8), strict=True):
+        win, original, mask = (np.asarray(x) for x in (a.win, items[i // 2]["image"], a.mask))
+        assert (win != original).any() and (win[mask == 0] == original[mask == 0]).all()
+        assert np.array_equal(np.asarray(a.lose), np.asarray(b.lose)) and a.record == b.record
+        assert np.array_equal(np.asarray(b.win), original)
+    for grain in (0.5, -0.1):
+        with pytest.raises(UserError, match=f"grain is {grain}, expected 0 or more and below .* 0.5"):
+            builder(grain=grain, strength=[0.5, 1.0])
+
+
 def test_an_interrupted_build_goes_on_where_it_was(tmp_path):
     whole = builder().build(plain_items(), tmp_path / "whole")
     part = tmp_path / "part"

@@ -148,8 +148,34 @@ def test_head_ensemble_knows_what_it_was_fitted_on(reward):
     win, lose = (torch.stack([pairs.pixels(i, 16)[side] for i in range(20)]) for side in (0, 1))
     (a, spread), (b, _) = ensemble.score_crops(win), ensemble.score_crops(lose)
     assert (a > b).float().mean() >= 0.75 and (spread > 0).all()
+    # Pairs do not fix the height of a score: at their mean feature all members say what the model's own head says.
+    features = reward.feature(reward.vision_tokens(torch.cat([win, lose]))).detach()
+    heights = features.mean(0) @ ensemble.weights.T + ensemble.bias
+    torch.testing.assert_close(heights, reward.head(features).mean().detach().expand(4), rtol=1e-4, atol=1e-4)
+
+
+def test_head_ensemble_is_least_sure_where_the_pairs_say_nothing(reward):
+    torch.manual_seed(0)
+    pairs = TensorPairs(torch.rand(12, 3, 16, 16), torch.rand(12, 3, 16, 16))
+    ensemble = HeadEnsemble.fit(reward, pairs, members=32, ridge=1e-3)
+    with torch.no_grad():
+        features = torch.stack(
+            [reward.feature(reward.vision_tokens(torch.stack(pairs.pixels(i, 16)))) for i in range(12)]
+        )
+    basis = torch.linalg.svd(features[:, 0] - features[:, 1])[2]
+    along, across = ((ensemble.weights @ part.T).std(0).mean() for part in (basis[:6], basis[12:]))
+    assert across > along
     with pytest.raises(UserError, match="2 or more members"):
         HeadEnsemble.fit(reward, pairs, members=1)
+
+
+def test_members_without_bootstrap_noise_or_prior_are_the_own_head(reward):
+    torch.manual_seed(0)
+    pairs = TensorPairs(torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16))
+    ensemble = HeadEnsemble.fit(reward, pairs, members=3, ridge=1e6)  # a prior this narrow leaves no room
+    weight, bias = reward.collapse_head()
+    torch.testing.assert_close(ensemble.weights, weight.expand(3, -1), rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(ensemble.bias, bias.expand(3), rtol=1e-3, atol=2e-2)
 
 
 def test_metric_and_early_reject(reward):

@@ -2,7 +2,8 @@
 
 import numpy as np
 import torch
-from facescore.testbed import DEFECTS, Templates, base_pipeline, draw_faces, draw_houses, sample_faces
+from facescore import InpaintPairBuilder
+from facescore.testbed import DEFECTS, Templates, base_pipeline, draw_faces, draw_houses, sample_faces, to_pil
 
 
 def test_drawings_differ_only_inside_the_face():
@@ -33,6 +34,35 @@ def test_packaged_model_draws_faces_and_houses():
         pixels = torch.stack(pipe([prompt] * 12, output_type="pt", generator=torch.Generator().manual_seed(0)).images)
         assert pixels.shape == (12, 3, 16, 16)
         assert np.isin(templates.judge(pixels)[0], kinds).mean() > 0.9
+
+
+def test_packaged_varied_model_repaints_more_the_stronger_it_is_asked_to():
+    faces = sample_faces(12, seed=3)
+    images = to_pil(draw_faces(faces))
+    items = [
+        {"id": f"{i}", "image": a, "boxes": [b]} for i, (a, b) in enumerate(zip(images, faces.boxes(), strict=True))
+    ]
+    pipe = base_pipeline("varied")
+    assert pipe.unet.config.in_channels == 12 and pipe.vae_scale_factor == 2
+    changes, masked = [], []
+    for strength in (0.2, 0.5, 1.0):
+        builder = InpaintPairBuilder(
+            pipe,
+            "full-image",
+            strength,
+            min_face=8,
+            missing="ignore",
+            batch_size=12,
+            options={"num_inference_steps": 10},
+        )
+        made = list(builder.pairs(items))
+        assert len(made) == len(items)
+        inside = np.stack([np.asarray(p.mask) for p in made]) == 255
+        both = [np.stack([np.asarray(getattr(p, side), dtype=float) for p in made]) for side in ("win", "lose")]
+        changes.append(np.abs(both[0] - both[1])[inside].mean())
+        masked.append(np.abs(both[0] - both[0][::-1])[inside & inside[::-1]].mean())
+    assert changes[0] < changes[1] < changes[2]
+    assert changes[0] < 0.3 * masked[0]  # a light repaint leaves the person; two people differ by far more
 
 
 def test_one_generator_per_picture_is_independent_of_the_batch():

@@ -88,6 +88,24 @@ def test_accumulation_equals_one_batch(make_reward, parts):
     assert moved(one, make_reward()) > 1e-3
 
 
+def test_augmentation_gives_each_picture_its_own_grain(make_reward):
+    pixels = torch.randn(200, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def augmented(**changes):
+        trainer = RewardTrainer(make_reward(), random_pairs(), RewardConfig(**PLAIN, **changes))
+        return trainer._augment(pixels, torch.Generator().manual_seed(1))
+
+    assert torch.equal(augmented(), pixels)
+    level = (augmented(noise=1.5) - pixels).std((2, 3, 4))
+    assert level.max() <= 1.6 and level.min() < 0.1 and level.mean() == pytest.approx(0.75, abs=0.1)
+    # Of a pair either member may be the blurrier or the noisier one, so neither says who won.
+    for found in (level, augmented(blur=1.0).std((2, 3, 4))):
+        assert 0.4 < (found[:, 0] > found[:, 1]).float().mean() < 0.6
+        assert abs(np.corrcoef(found.T.numpy())[0, 1]) < 0.25
+    torch.testing.assert_close(augmented(blur=1.0).mean(), pixels.mean(), atol=1e-2, rtol=0)  # a blur keeps the mean
+    assert augmented(blur=1.0).std() < 0.8 * pixels.std()
+
+
 def test_overfits_eight_pairs(make_reward):
     report = RewardTrainer(make_reward(), random_pairs(), RewardConfig(**{**PLAIN, "lr": 3e-3}, epochs=60)).train()
     assert report.history[-1]["accuracy"] == 1 and report.history[-1]["loss"] < 0.1
@@ -177,7 +195,8 @@ def test_not_finite_stops_with_the_ids_and_bad_settings(make_reward):
     pairs.win[:] = float("nan")
     with pytest.raises(TrainingError, match=r"at update 0; pairs \d"):
         RewardTrainer(make_reward(), pairs, RewardConfig(**PLAIN)).train()
-    for name, value in (("lr", 0), ("fix_rate", 2), ("validation", 1.0), ("label_smoothing", -1), ("batch_size", 0)):
+    for name, value in (("lr", 0), ("fix_rate", 2), ("validation", 1.0), ("label_smoothing", -1), ("batch_size", 0),
+                        ("noise", -1), ("blur", -0.1)):  # fmt: skip
         with pytest.raises(UserError, match=name):
             RewardConfig(**{name: value})
     with pytest.raises(UserError, match="no pairs"):

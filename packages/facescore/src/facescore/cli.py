@@ -116,6 +116,9 @@ def build_pairs(
     strength: Annotated[list[float] | None, typer.Option(help="In (0, 1]; repeat it for graded losers. 1.0.")] = None,
     min_face: Annotated[int, typer.Option(help="Smallest side of a face in pixels.")] = 64,
     missing: Annotated[str, typer.Option(help="A loser without a face: flag, drop or ignore.")] = "flag",
+    grain: Annotated[
+        float, typer.Option(help="Strength at which the winner too is repainted, to share the generator's grain.")
+    ] = 0.0,
     steps: Annotated[int, typer.Option(help="Sampling steps of the pipeline.")] = 50,
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     resume: Resume = False,
@@ -136,6 +139,7 @@ def build_pairs(
         strength or [1.0],
         min_face=min_face,
         missing=missing,
+        grain=grain,
         generator_id=pipeline,
         seed=seed,
         batch_size=batch_size,
@@ -159,7 +163,8 @@ def train(
     l2_reward: float = 0.0,
     validation: Annotated[float, typer.Option(help="Share of the source images held out.")] = 0.1,
     patience: int | None = None,
-    noise: float = 0.0,
+    noise: Annotated[float, typer.Option(help="Largest noise of the augmentation, on normalised pixels.")] = 0.0,
+    blur: Annotated[float, typer.Option(help="Largest blur of the augmentation, in pixels of the crop.")] = 0.0,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror pairs at random.")] = False,
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
     save_every: Annotated[
@@ -185,6 +190,7 @@ def train(
         validation=validation,
         patience=patience,
         noise=noise,
+        blur=blur,
         flip=flip,
         mixed_precision=mixed_precision,
         save_every=save_every,

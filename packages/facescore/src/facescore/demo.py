@@ -31,7 +31,7 @@ from facescore.testbed import (
 
 
 def run(
-    output: Path, seed: int, *, pairs: int = 512, reward_steps: int = 250, tune_steps: int = 20, samples: int = 64
+    output: Path, seed: int, *, pairs: int = 1024, reward_steps: int = 250, tune_steps: int = 20, samples: int = 64
 ) -> Table:
     """Run the demo; returns the table and leaves `summary.json`, `ranking.png` and `samples.png` in `output`."""
     templates, pipe = Templates.all(), base_pipeline()
@@ -89,8 +89,8 @@ def run(
     return table
 
 
-def inpainted_pairs(pipe: DrawnFacePipeline, n: int, *, seed: int) -> TensorPairs:
-    """About n pairs of clean plain faces and what the pipeline makes of them."""
+def inpainted_pairs(pipe: DrawnFacePipeline, n: int, *, seed: int, grain: float = 0.0) -> TensorPairs:
+    """About n pairs of clean plain faces and what the pipeline makes of them. grain: see `InpaintPairBuilder`."""
     templates, rng = Templates.all(), np.random.default_rng(seed)
     rows = rng.choice(np.flatnonzero(templates.kinds == 0), n)
     images = to_pil(templates.pixels(rows))
@@ -99,7 +99,7 @@ def inpainted_pairs(pipe: DrawnFacePipeline, n: int, *, seed: int) -> TensorPair
         for i, (image, row) in enumerate(zip(images, rows, strict=True))
     ]
     builder = InpaintPairBuilder(
-        pipe, "full-image", min_face=8, missing="ignore", seed=seed, batch_size=64, enlarge=0.95,
+        pipe, "full-image", min_face=8, missing="ignore", seed=seed, batch_size=64, enlarge=0.95, grain=grain,
         options={"num_inference_steps": 12},
     )  # fmt: skip
     made = list(builder.pairs(items))

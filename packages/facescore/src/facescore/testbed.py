@@ -11,7 +11,7 @@ for faces must leave alone.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -265,15 +265,15 @@ def plain_box(place: int) -> Box:
     return 1.0 + right, float(down), 14.0 + right, 15.0 + down
 
 
-FOLD = {4: 2, 48: 4}
-"""Channels of the latents to the side of the pixel blocks that are folded into them: grey 2 x 2, or three colours 4 x 4."""
+FOLD = 2
+"""Side of the pixel blocks that are folded into the channels of one latent."""
 
 
 class DrawnFacePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Text to image and inpainting of drawings, with the calling convention of diffusers' own pipelines.
 
-    There is no VAE: the latents are the pixels in [-1, 1], blocks of them folded into channels, (n, 4, 8, 8) for plain
-    drawings and (n, 48, 8, 8) for varied ones. A prompt is one token, one-hot over `PROMPTS`.
+    There is no VAE: the latents are the pixels in [-1, 1], blocks of 2 x 2 folded into channels, (n, 4, 8, 8) for plain
+    drawings and (n, 12, 16, 16) for varied ones. A prompt is one token, one-hot over `PROMPTS`.
     """
 
     def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler):
@@ -289,7 +289,7 @@ class DrawnFacePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     @property
     def vae_scale_factor(self) -> int:
         """Pixels of a side of one latent."""
-        return FOLD[self.unet.config.in_channels]
+        return FOLD
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """(n, 3, h, w) in [0, 1] to latents; the mean of the colours where they are grey."""
@@ -297,12 +297,12 @@ class DrawnFacePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """The inverse of `encode_image`, clamped to [0, 1]."""
-        pixels = (F.pixel_shuffle(latents, self.vae_scale_factor) / 2 + 0.5).clamp(0, 1)
+        pixels = (F.pixel_shuffle(latents, FOLD) / 2 + 0.5).clamp(0, 1)
         return pixels.expand(-1, 3, -1, -1)
 
     def _fold(self, pixels: Tensor) -> Tensor:
-        grey = self.unet.config.in_channels == 4
-        return F.pixel_unshuffle(pixels.mean(1, keepdim=True) if grey else pixels, self.vae_scale_factor)
+        grey = self.unet.config.in_channels == FOLD**2
+        return F.pixel_unshuffle(pixels.mean(1, keepdim=True) if grey else pixels, FOLD)
 
     @torch.no_grad()
     def __call__(
@@ -374,15 +374,12 @@ def _stack(images: Any) -> Tensor:
     return images if isinstance(images, Tensor) else to_tensor(images if isinstance(images, list) else [images])
 
 
-def new_pipeline(channels: tuple[int, ...] = (24, 48), *, latents: int = 4) -> DrawnFacePipeline:
-    """An untrained `DrawnFacePipeline`, cosine betas. latents: their channels, a key of `FOLD`.
-
-    Plain drawings are denoised by v-prediction. Velocity holds all of the noise, and 48 channels of noise do not fit through
-    a network this narrow; varied drawings are therefore predicted themselves.
-    """
+def new_pipeline(channels: tuple[int, ...] = (24, 48), *, size: int = PLAIN) -> DrawnFacePipeline:
+    """An untrained `DrawnFacePipeline` of v-prediction with cosine betas. size: `PLAIN` for grey drawings, `SIZE` for colour."""
     levels = len(channels) - 1
+    latents = FOLD**2 * (1 if size == PLAIN else 3)
     unet = UNet2DConditionModel(
-        sample_size=8,
+        sample_size=size // FOLD,
         in_channels=latents,
         out_channels=latents,
         block_out_channels=channels,
@@ -396,7 +393,7 @@ def new_pipeline(channels: tuple[int, ...] = (24, 48), *, latents: int = 4) -> D
     )
     scheduler = DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction" if latents == 4 else "sample",
+        prediction_type="v_prediction",
         clip_sample=True,
         timestep_spacing="trailing",
     )
@@ -426,35 +423,45 @@ def varied_drawings(n: int, defective: float, *, seed: int) -> tuple[Tensor, lis
     return torch.cat(parts), prompts
 
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "plain": {"draw": plain_drawings, "channels": (24, 48), "latents": 4, "steps": 2000},
-    "varied": {"draw": varied_drawings, "channels": (40, 80), "latents": 48, "steps": 1000},
+@dataclass(frozen=True)
+class Recipe:
+    """How a base model is made. Both draw bad faces, since most of the faces that they learn from have a defect."""
+
+    draw: Callable[..., tuple[Tensor, list[str]]]
+    size: int
+    channels: tuple[int, ...]
+    steps: int
+    phases: tuple[tuple[float, float, float], ...]
+    """Share of the steps, share of the faces with a defect, and peak learning rate."""
+    passes: int = 1
+    """How often each drawing is seen."""
+
+
+RECIPES = {
+    "plain": Recipe(plain_drawings, PLAIN, (24, 48), 2000, ((0.8, 0.7, 2e-3), (0.2, 0.9, 7e-4))),
+    "varied": Recipe(varied_drawings, SIZE, (40, 64, 88), 1400, ((1.0, 0.85, 2e-3),), passes=3),
 }
-"""The two base models. Both draw bad faces, since most of the faces that they learn from have a defect."""
 
 
 def train_pipeline(
     kind: str = "plain", *, steps: int | None = None, batch: int = 32, seed: int = 0
 ) -> DrawnFacePipeline:
-    """A base model from nothing. steps: the recipe's own when not given.
-
-    Four fifths of the updates see 70 % of the faces with a defect and learn to draw; the last fifth, at a small learning
-    rate, sees 90 %.
-    """
+    """A base model from nothing. steps: the recipe's own when not given."""
     recipe = RECIPES[kind]
-    steps = steps or recipe["steps"]
+    steps = steps or recipe.steps
     torch.manual_seed(seed)
-    pipe = new_pipeline(recipe["channels"], latents=recipe["latents"])
-    first = max(1, round(0.8 * steps))
-    for part, count, defective, lr in ((0, first, 0.7, 2e-3), (1, max(1, steps - first), 0.9, 7e-4)):
-        pixels, prompts = recipe["draw"](count * batch, defective, seed=seed + part)
-        _learn(pipe, pixels, prompts, batch, lr, seed + part)
+    pipe = new_pipeline(recipe.channels, size=recipe.size)
+    for part, (share, defective, lr) in enumerate(recipe.phases):
+        count = max(1, round(share * steps))
+        pixels, prompts = recipe.draw(-(-count // recipe.passes) * batch, defective, seed=seed + part)
+        _learn(pipe, pixels, prompts, count, batch, lr, seed + part)
     return pipe
 
 
-def _learn(pipe: DrawnFacePipeline, pixels: Tensor, prompts: list[str], batch: int, lr: float, seed: int) -> None:
-    """One pass over the pictures, in order; the learning rate rises for a tenth of it and falls as a cosine."""
-    steps = len(pixels) // batch
+def _learn(
+    pipe: DrawnFacePipeline, pixels: Tensor, prompts: list[str], steps: int, batch: int, lr: float, seed: int
+) -> None:
+    """Denoising of the pictures in order, again and again; the learning rate rises for a tenth of it and falls as a cosine."""
 
     def rate(step: int) -> float:
         done = (step + 0.5) / steps
@@ -465,14 +472,14 @@ def _learn(pipe: DrawnFacePipeline, pixels: Tensor, prompts: list[str], batch: i
     condition = pipe.encode_prompt(prompts)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    unet.train()
+    unet.train().to(memory_format=torch.channels_last)
     for step in tqdm(range(steps), desc="base model", mininterval=5, disable=None):
-        rows = slice(step * batch, (step + 1) * batch)
+        start = step * batch % len(pixels)
+        rows = slice(start, start + batch)
         x = pipe.encode_image(pixels[rows])
         noise, t = torch.randn_like(x), torch.randint(0, 1000, (batch,))
-        predicted = unet(scheduler.add_noise(x, noise, t), t, condition[rows]).sample
-        velocity = scheduler.config.prediction_type == "v_prediction"
-        loss = F.mse_loss(predicted, scheduler.get_velocity(x, noise, t) if velocity else x)
+        noisy = scheduler.add_noise(x, noise, t).to(memory_format=torch.channels_last)
+        loss = F.mse_loss(unet(noisy, t, condition[rows]).sample, scheduler.get_velocity(x, noise, t))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
@@ -489,8 +496,7 @@ def base_pipeline(kind: str = "plain") -> DrawnFacePipeline:
     """A packaged base model: a tiny diffusion model that draws plain or varied faces, too many of them with defects."""
     from safetensors.torch import load_file
 
-    recipe = RECIPES[kind]
-    pipe = new_pipeline(recipe["channels"], latents=recipe["latents"])
+    pipe = new_pipeline(RECIPES[kind].channels, size=RECIPES[kind].size)
     state = load_file(ASSETS / f"{kind}.safetensors")
     pipe.unet.load_state_dict({key: tensor.float() for key, tensor in state.items()})
     pipe.unet.eval()

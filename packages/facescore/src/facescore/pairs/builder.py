@@ -6,6 +6,9 @@ For each face that is large and sure enough
 
 so that only the face differs. A repainted face that is (nearly) the original is left out. Some losers are in truth fine:
 the labels are noisy by construction, and `label_smoothing` in training is for that.
+
+Winner and loser also differ in grain: a photograph's against the generator's (its VAE's, its blur), which a reward learns
+before any anatomy. With `grain` the winner passes through the same pipeline at so small a strength that its anatomy stays.
 """
 
 import hashlib
@@ -60,7 +63,8 @@ class InpaintPairBuilder:
     graded losers. min_face: smallest side of a face in pixels. enlarge: the mask's size against the box. feather: radius
     of the mask's soft edge, as a share of the face's smaller side. longest: larger images are inpainted with their longer
     side scaled to so many pixels, and the face is scaled back. missing: what to do with a loser in which no face is
-    found again, "flag", "drop" or "ignore" (do not look). options: further arguments of every call of the pipeline.
+    found again, "flag", "drop" or "ignore" (do not look). grain: strength of the winner's own repainting, below the losers'; 0
+    leaves it untouched. options: further arguments of every call of the pipeline.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class InpaintPairBuilder:
         feather: float = 0.06,
         longest: int = 1024,
         missing: str = "flag",
+        grain: float = 0.0,
         generator_id: str = "",
         seed: int = 0,
         batch_size: int = 1,
@@ -85,6 +90,11 @@ class InpaintPairBuilder:
             raise UserError(f"strength is {strength}, expected numbers in (0, 1]")
         if missing not in ("flag", "drop", "ignore"):
             raise UserError(f"missing is {missing!r}, expected flag, drop or ignore")
+        if not 0 <= grain < min(self.strengths):
+            raise UserError(
+                f"grain is {grain}, expected 0 or more and below the losers' strength {min(self.strengths)}"
+            )
+        self.grain = grain
         self.pipe, self.detector = pipe, make_detector(detector)
         self.min_face, self.confidence, self.enlarge, self.feather = min_face, confidence, enlarge, feather
         self.longest = longest
@@ -160,28 +170,35 @@ class InpaintPairBuilder:
             groups.setdefault((job.strength, job.image.size), []).append(job)
         for (strength, size), group in groups.items():
             masks = [face_mask(size, j.detection.box, enlarge=self.enlarge, feather=self.feather) for j in group]
-            canvases = [_canvas(j.image, self.longest) for j in group]
-            outs = self.pipe(
-                prompt=[j.prompt for j in group],
-                image=canvases,
-                mask_image=[m.resize(c.size) for m, c in zip(masks, canvases, strict=True)],
-                strength=strength,
-                generator=[torch.Generator().manual_seed(j.seed) for j in group],
-                **self._sizes(canvases[0].size),
-                **self.options,
-            ).images
-            for job, mask, out in zip(group, masks, outs, strict=True):
-                pair = self._finish(job, mask, out)
+            outs = self._repaint(group, masks, strength, "")
+            wins = [j.image for j in group]
+            if self.grain:
+                kept = self._repaint(group, masks, self.grain, "/win")
+                wins = [_laid(j, out, m) for j, out, m in zip(group, kept, masks, strict=True)]
+            for job, mask, out, win in zip(group, masks, outs, wins, strict=True):
+                pair = self._finish(job, mask, out, win)
                 if pair is not None:
                     yield pair
+
+    def _repaint(self, group: list[_Job], masks: list[Image.Image], strength: float, which: str) -> list[Image.Image]:
+        canvases = [_canvas(j.image, self.longest) for j in group]
+        return self.pipe(
+            prompt=[j.prompt for j in group],
+            image=canvases,
+            mask_image=[m.resize(c.size) for m, c in zip(masks, canvases, strict=True)],
+            strength=strength,
+            generator=[torch.Generator().manual_seed(_seed(self.seed, j.id + which)) for j in group],
+            **self._sizes(canvases[0].size),
+            **self.options,
+        ).images
 
     def _sizes(self, size: tuple[int, int]) -> dict[str, int]:
         return {"width": size[0], "height": size[1]} if hasattr(self.pipe, "vae") else {}
 
-    def _finish(self, job: _Job, mask: Image.Image, out: Image.Image) -> InpaintedPair | None:
-        lose = paste(job.image, out.convert("RGB").resize(job.image.size), mask)
+    def _finish(self, job: _Job, mask: Image.Image, out: Image.Image, win: Image.Image) -> InpaintedPair | None:
+        lose = _laid(job, out, mask)
         inside = np.asarray(mask, dtype=np.float64) / 255
-        change = np.abs(np.asarray(lose, dtype=np.float64) - np.asarray(job.image, dtype=np.float64)).mean(2)
+        change = np.abs(np.asarray(lose, dtype=np.float64) - np.asarray(win, dtype=np.float64)).mean(2)
         if (change * inside).sum() / inside.sum() < SAME * 255:
             self.counts["same"] += 1
             return None
@@ -196,7 +213,7 @@ class InpaintPairBuilder:
             job.id, win_name, lose_name, job.prompt, job.detection.box, job.detection.box, mask_name,
             self.generator_id, job.seed, job.strength, job.source, no_face,
         )  # fmt: skip
-        return InpaintedPair(record, job.image, lose, mask)
+        return InpaintedPair(record, win, lose, mask)
 
 
 def face_mask(size: tuple[int, int], box: Box, *, enlarge: float = 1.1, feather: float = 0.06) -> Image.Image:
@@ -221,6 +238,10 @@ def paste(image: Image.Image, out: Image.Image, mask: Image.Image) -> Image.Imag
     m = np.asarray(mask, dtype=np.float64)[..., None] / 255
     mixed = np.asarray(image) * (1 - m) + np.asarray(out) * m
     return Image.fromarray(np.where(m == 0, np.asarray(image), mixed.round()).astype(np.uint8))
+
+
+def _laid(job: _Job, out: Image.Image, mask: Image.Image) -> Image.Image:
+    return paste(job.image, out.convert("RGB").resize(job.image.size), mask)
 
 
 def read_images(folder: str | Path) -> list[dict[str, Any]]:

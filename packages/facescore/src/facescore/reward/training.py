@@ -46,7 +46,10 @@ class RewardConfig:
     label_smoothing: float = 0.0
     l2_reward: float = 0.0
     noise: float = 0.0
-    """Standard deviation of noise on the normalised pixels, an augmentation."""
+    """Largest standard deviation of noise on the normalised pixels, an augmentation against learning the generator's grain:
+    each picture has a level of its own, so that of a pair either member may be the noisier one."""
+    blur: float = 0.0
+    """Largest standard deviation of a Gaussian blur in pixels of the crop; likewise each picture has its own amount."""
     flip: bool = False
     """Mirror both faces of a pair, half of the time."""
     dropout: bool = True
@@ -71,6 +74,8 @@ class RewardConfig:
             ("fix_rate", 0 <= self.fix_rate <= 1, "in [0, 1]"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
             ("l2_reward", self.l2_reward >= 0, "0 or more"),
+            ("noise", self.noise >= 0, "0 or more"),
+            ("blur", self.blur >= 0, "0 or more"),
             ("validation", 0 <= self.validation < 1, "in [0, 1)"),
         ):
             if not ok:
@@ -241,7 +246,7 @@ class RewardTrainer:
     def _rewards(self, model: Any, rows: Sequence[int], pixels: Tensor) -> Tensor:
         """(batch, 2) rewards; from cached features when only the head trains."""
         n = len(rows)
-        if self.config.fix_rate == 1 and not self.config.noise and not self.config.flip:
+        if self.config.fix_rate == 1 and not (self.config.noise or self.config.blur or self.config.flip):
             return self.model.head(self._features(rows, pixels).flatten(0, 1)).view(n, 2)
         device = next(self.model.parameters()).device
         return model(pixels.flatten(0, 1).to(device)).view(n, 2)
@@ -266,11 +271,18 @@ class RewardTrainer:
         return torch.stack([torch.stack(self.pairs.pixels(row, size)) for row in rows])
 
     def _augment(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        from torchvision.transforms.v2.functional import gaussian_blur
+
         if self.config.flip:
             mirrored = torch.rand(len(pixels), generator=generator) < 0.5
             pixels = torch.where(mirrored[:, None, None, None, None], pixels.flip(-1), pixels)
+        if self.config.blur:
+            kernel = [2 * math.ceil(2 * self.config.blur) + 1] * 2
+            blurred = gaussian_blur(pixels.flatten(0, 1), kernel, [self.config.blur] * 2).view_as(pixels)
+            pixels = pixels + _levels(pixels, generator) * (blurred - pixels)
         if self.config.noise:
-            pixels = pixels + self.config.noise * torch.randn(pixels.shape, generator=generator)
+            level = self.config.noise * _levels(pixels, generator)
+            pixels = pixels + level * torch.randn(pixels.shape, generator=generator)
         return pixels
 
     @torch.no_grad()
@@ -316,6 +328,11 @@ class RewardTrainer:
                 f"'{path}' was made with another {', '.join(changed)}", hint="resume with the same settings"
             )
         return saved
+
+
+def _levels(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """(batch, 2, 1, 1, 1) in [0, 1)."""
+    return torch.rand(pixels.shape[:2], generator=generator)[:, :, None, None, None]
 
 
 def _share(n: int, index: int, processes: int) -> list[int]:
