@@ -101,6 +101,7 @@ def train(
     from adamoe import AdaMoEConfig
     from adamoe.finetuning import Recipe, fine_tune
 
+    _device(device)
     recipe = Recipe(method, steps, batch_size, accumulation, lr, lora, threshold, save_steps, seed)
     config = AdaMoEConfig(num_null_experts=null_experts, aux_coef=_pair(aux), target_load=target_load)
     tokens, pad = _tokens(model, data, rows, seed)
@@ -114,11 +115,24 @@ def train(
         pad=pad,
         device=device,
     )
+    if method == "top_p":
+        typer.echo(f"note: a checkpoint does not hold the rule; give eval --top-p {threshold:g}", err=True)
+    if lora:
+        typer.echo(f"note: {output / 'model'} is an adapter of '{model}'; PeftModel.from_pretrained opens it", err=True)
     emit({"model": str(output / "model"), "first loss": losses[0], "last loss": losses[-1]}, json)
 
 
 @app.command(epilog="Example: adamoe eval --model toy-null --data synthetic --rows 32")
-def eval(model: Model, data: Data = "synthetic", rows: Rows = 96, seed: Seed = 0, json: Json = False) -> None:
+def eval(
+    model: Model,
+    data: Data = "synthetic",
+    rows: Rows = 96,
+    top_p: Annotated[
+        float | None, typer.Option(help="Route by top-p with this threshold, as train --method top_p did.")
+    ] = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
     """Loss, load and multiply-adds; on the synthetic language also accuracy and load by kind of token."""
     import torch
 
@@ -126,6 +140,11 @@ def eval(model: Model, data: Data = "synthetic", rows: Rows = 96, seed: Seed = 0
     from adamoe.flops import count_flops
 
     loaded = _load(model)
+    count_flops(loaded.config, 0.0)  # refuses a dense model before any work
+    if top_p is not None:
+        from adamoe import routers
+
+        routers.use(loaded, routers.top_p, threshold=top_p)
     load: float
     if data == "synthetic":
         from adamoe.testbed import Language, score
@@ -163,12 +182,13 @@ def load_report(
     from tenfold_shared.hub import load_tokenizer, replace_atomically
 
     from adamoe import record_load
+    from adamoe.finetuning import read_lines
 
     if (text is None) == (file is None):
         raise UserError("expected one of --text and --file")
     if out is not None and out.suffix not in (".html", ".csv"):
         raise UserError(f"'{out}' ends with neither .html nor .csv")
-    lines = [text] if text is not None else Path(str(file)).read_text(encoding="utf-8").splitlines()
+    lines = [text] if text is not None else read_lines(str(file))
     lines = [line for line in lines if line and line.strip()]
     if not lines:
         raise UserError("there is no text")
@@ -284,6 +304,7 @@ def bench(
     """Time against load, beside the stock paths."""
     from adamoe.speed import layer_table, training_table
 
+    device = _device(device)
     if what not in ("layer", "train"):
         raise UserError(f"there is no benchmark '{what}'", hint="take layer or train")
     if what == "train":
@@ -313,6 +334,20 @@ def serve_args(model: Model, json: Json = False) -> None:
         import shlex
 
         typer.echo(shlex.join(arguments))
+
+
+def _device(name: str) -> str:
+    """The device by its name, the one that "auto" stands for. Raises UserError when torch has none of that name here."""
+    import torch
+
+    if name == "auto":
+        return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device is '{name}' ({reason})", hint="take auto, or one that torch has here") from error
+    return name
 
 
 def _top_k(text: str) -> int | str:
@@ -374,4 +409,7 @@ def _tokens(model: str, data: str, rows: int, seed: int) -> tuple[list[list[int]
 
     texts = read_texts(data)[:rows]
     tokenizer = load_tokenizer(model)
-    return [tokenizer(text)["input_ids"] for text in texts], tokenizer.pad_token_id or 0
+    tokens = [ids for text in texts if len(ids := tokenizer(text)["input_ids"]) > 1]
+    if not tokens:
+        raise UserError(f"no text of {data} has two tokens", hint="a next token is needed to predict")
+    return tokens, tokenizer.pad_token_id or 0
