@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from adamoe.cli import app
+from adamoe.conversion import layer_routers
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -188,3 +190,18 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, cause, toy, nulls, tmp
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("error:")]
     assert cause in line and "Traceback" not in done.stderr
     assert {p.name for p in tmp_path.iterdir()} <= {"empty.jsonl", "short.jsonl", "binary", "dense"}
+
+
+def test_an_adapter_becomes_a_model_as_the_readme_says(nulls, tmp_path):
+    from adamoe import export, from_pretrained
+    from peft import PeftModel
+
+    options = ["--steps", 2, "--batch-size", 2, "--rows", 4, "--lr", 1e-2, "--device", "cpu", "-o", tmp_path / "out"]
+    done = adamoe("train", "--model", nulls, "--lora", *options)
+    assert done.exit_code == 0 and f"is an adapter of '{nulls}'" in done.stderr
+    merged = PeftModel.from_pretrained(from_pretrained(nulls), tmp_path / "out/model").merge_and_unload()
+    export(merged, tmp_path / "whole")
+    assert not torch.equal(
+        next(layer_routers(merged)).null_weight, next(layer_routers(from_pretrained(nulls))).null_weight
+    )
+    assert 0 < result("eval", "--model", tmp_path / "whole", "--rows", 2)["load"] <= 3
