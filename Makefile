@@ -58,7 +58,8 @@ vllm: .vllm/.made ## make .vllm, the environment with the CPU build of vLLM
 	@.ci/vllm build
 	@touch $@
 
-bench: $(NAMES:%=bench-%) report ## run every benchmark, one at a time; goes on where it was stopped
+bench: setup ## run every benchmark, one at a time; goes on where it was stopped
+	@$(BIN)/python .ci/bench.py $(NAMES); status=$$?; $(BIN)/python -P benchmarks/report.py && exit $$status
 
 bench-%: setup ## run one benchmark
 	@$(BIN)/python -P benchmarks/$(MODULE).py

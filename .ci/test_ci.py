@@ -80,6 +80,36 @@ class TestDemo:
         assert "there are bad, good" in capsys.readouterr().err
 
 
+class TestBench:
+    @pytest.fixture
+    def bench(self, tree: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+        (tree / "benchmarks/results").mkdir(parents=True)
+        (tree / "benchmarks/good.py").write_text(
+            "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\n"
+        )
+        (tree / "benchmarks/bad.py").write_text("raise SystemExit(3)\n")
+        claims = [{"environment": {"seconds": seconds}} for seconds in (100.0, 100.0, 20.0)] + [{"environment": {}}]
+        (tree / "benchmarks/results/good.json").write_text(json.dumps(claims))
+        module = script("bench")
+        monkeypatch.setattr(module, "ROOT", tree)
+        return module
+
+    def test_a_failing_benchmark_is_named_and_does_not_stop_the_others(
+        self, bench, tree, monkeypatch, capfd: pytest.CaptureFixture
+    ) -> None:
+        monkeypatch.setattr(bench.sys, "argv", ["bench.py", "bad", "good"])
+        assert bench.main() == 1
+        out = capfd.readouterr().out
+        assert (tree / "benchmarks/good.ran").exists()
+        assert "[1/2] bad ... about 17 min left in all" in out and "[2/2] good ... about 2 min left in all" in out
+        assert out.rstrip().endswith("bad failed with exit status 3")
+
+    def test_unknown_name(self, bench, monkeypatch, capsys) -> None:
+        monkeypatch.setattr(bench.sys, "argv", ["bench.py", "ugly"])
+        assert bench.main() == 2
+        assert "there are bad, good" in capsys.readouterr().err
+
+
 class TestLayers:
     def lint(self, tree: Path) -> subprocess.CompletedProcess:
         layers = script("layers")

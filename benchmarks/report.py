@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from markdown_it import MarkdownIt
-from tenfold_shared.claims import Claim, folder_digest, read_claims
+from tenfold_shared.claims import Claim, cli_digest, folder_digest, read_claims
 from tenfold_shared.cli import cell
 from tenfold_shared.hub import replace_atomically
 
@@ -31,14 +31,17 @@ class Results:
     name: str
     description: str
     claims: list[Claim]
-    digest: str
-    """Of the sources as they are now."""
+    source: str
+    """Digest of the package as it is now, its command line apart."""
+    cli: str
+    """Digest of its command line, on which the rows that name one depend too."""
     real_models: str = ""
     """Markdown: the commands and settings that reproduce the paper's own figures on its own models."""
 
     def stale(self, claim: Claim) -> bool:
-        """The sources have changed since the claim was measured."""
-        return claim.passed is not None and claim.environment.get("source") != self.digest
+        """What the claim depends on has changed since it was measured."""
+        measured = (claim.environment.get("source"), claim.environment.get("cli", self.cli))
+        return claim.passed is not None and measured != (self.source, self.cli)
 
     def tally(self) -> dict[str, int]:
         verdicts = [claim.passed for claim in self.claims]
@@ -51,12 +54,14 @@ def collect(root: Path = ROOT) -> list[Results]:
     for file in sorted(root.glob("packages/*/pyproject.toml")):
         name = file.parent.name
         results = root / "benchmarks" / "results" / f"{name}.json"
+        source = file.parent / "src" / name.replace("-", "_")
         found.append(
             Results(
                 name,
                 tomllib.loads(file.read_text(encoding="utf-8"))["project"]["description"],
                 read_claims(results) if results.exists() else [],
-                folder_digest(file.parent / "src" / name.replace("-", "_")),
+                folder_digest(source),
+                cli_digest(source),
                 section(file.parent / "README.md", REAL_MODELS),
             )
         )
@@ -77,8 +82,11 @@ def interval(claim: Claim) -> str:
     return f"{text} ± {cell(claim.spread['std'])}" if "std" in claim.spread else text
 
 
-def peers(claim: Claim) -> str:
-    return ", ".join(f"{name} {cell(value)}" for name, value in claim.peers.items()) or "-"
+def peers(claim: Claim, most: int | None = None) -> str:
+    """The peers with their figures; when there are more than `most`, how many are left out."""
+    shown = [f"{name} {cell(value)}" for name, value in list(claim.peers.items())[:most]]
+    left = len(claim.peers) - len(shown)
+    return ", ".join([*shown, *([f"and {left} more"] if left else [])]) or "-"
 
 
 def verdict(results: Results, claim: Claim) -> str:
@@ -111,7 +119,7 @@ def workspace_table(all_results: list[Results]) -> str:
         for r in all_results
     ]
     shown = [
-        [r.name, c.statement, interval(c), peers(c), c.bar, verdict(r, c)]
+        [r.name, c.statement, c.metric, interval(c), peers(c, most=4), c.bar, verdict(r, c)]
         for r in all_results
         for c in r.claims
         if c.headline or c.passed is False
@@ -120,7 +128,7 @@ def workspace_table(all_results: list[Results]) -> str:
         [
             markdown(tally, ["package", "claims passed", "failed", "not run here", "command"]),
             "The headline claims, and every claim that failed:",
-            markdown(shown, ["package", "claim", "ours", "peers, same run", "bar", "result"]),
+            markdown(shown, ["package", "claim", "metric", "ours", "peers, same run", "bar", "result"]),
         ]
     )
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tenfold_shared.claims import Claim, folder_digest, write_claims
+from tenfold_shared.claims import Claim, cli_digest, folder_digest, write_claims
 
 HERE = Path(__file__).resolve().parent
 spec = importlib.util.spec_from_file_location("report", HERE / "report.py")
@@ -33,12 +33,13 @@ def tree(tmp_path: Path) -> Path:
     source = tmp_path / "packages/toy/src/toy"
     source.mkdir(parents=True)
     (source / "__init__.py").write_text("__version__ = '0.1.0'\n")
+    (source / "cli.py").write_text("app = None\n")
     (tmp_path / "packages/toy/pyproject.toml").write_text("[project]\nname = 'toy'\ndescription = 'a <toy>'\n")
     for readme in (tmp_path / "README.md", tmp_path / "packages/toy/README.md"):
         readme.write_text(f"above\n{report.START}\nold\n{report.END}\n{REAL}below\n")
     fresh = {"source": folder_digest(source)}
     claims = [
-        claim("one", environment=fresh, headline=True),
+        claim("one", environment={**fresh, "cli": cli_digest(source)}, headline=True),
         claim("two", environment=fresh, passed=False),
         claim("three", environment=fresh),
         claim("four", passed=None, ours=None, peers={}, seeds=[], spread={}),
@@ -74,8 +75,18 @@ def test_a_pipe_in_a_name_does_not_break_the_table(tree: Path) -> None:
     assert row.replace("\\|", "").count("|") == 8
 
 
+def test_the_workspace_table_says_how_many_peers_it_leaves_out() -> None:
+    row = claim("one", peers={name: 1.0 for name in "abcdef"})
+    assert report.peers(row, most=4) == "a 1, b 1, c 1, d 1, and 2 more"
+    assert report.peers(row) == "a 1, b 1, c 1, d 1, e 1, f 1"
+    assert report.peers(claim("two", peers={}), most=4) == "-"
+
+
 def test_changed_sources_make_a_row_stale(tree: Path) -> None:
     assert "stale" not in report.package_table(report.collect(tree)[0])
+    (tree / "packages/toy/src/toy/cli.py").write_text("app = 1\n")
+    table = report.package_table(report.collect(tree)[0])
+    assert table.count("stale: `make bench-toy`") == 1  # the row that is about the command line
     (tree / "packages/toy/src/toy/new.py").write_text("x = 1\n")
     table = report.package_table(report.collect(tree)[0])
     assert table.count("stale: `make bench-toy`") == 3  # what was not run cannot be stale

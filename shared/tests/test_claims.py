@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from tenfold_shared.claims import Claim, folder_digest, read_claims, run_benchmark, spread, write_claims
+from tenfold_shared.claims import Claim, cli_digest, folder_digest, read_claims, run_benchmark, spread, write_claims
 from tenfold_shared.errors import UserError
 
 
@@ -43,13 +43,29 @@ def test_errors(tmp_path: Path) -> None:
         read_claims(tmp_path / "r.json")
 
 
-def test_digest_follows_code_and_names(tmp_path: Path) -> None:
+def test_digest_follows_code_data_and_names_but_not_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1")
-    first = folder_digest(tmp_path)
-    (tmp_path / "notes.txt").write_text("no code")
-    assert folder_digest(tmp_path) == first
+    (tmp_path / "cli.py").write_text("help = 'one'")
+    digests = [(folder_digest(tmp_path), cli_digest(tmp_path))]
+
+    def changed() -> tuple[bool, bool]:
+        digests.append((folder_digest(tmp_path), cli_digest(tmp_path)))
+        return digests[-1][0] != digests[-2][0], digests[-1][1] != digests[-2][1]
+
+    (tmp_path / "cli.py").write_text("help = 'two'")
+    assert changed() == (False, True)
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__/a.cpython-311.pyc").write_bytes(b"compiled")
+    assert changed() == (False, False)
+    (tmp_path / "weights.safetensors").write_bytes(b"weights")
+    assert changed() == (True, False)
+    (tmp_path / "a.py").write_text("x = 2")
+    assert changed() == (True, False)
     (tmp_path / "a.py").rename(tmp_path / "b.py")
-    assert folder_digest(tmp_path) != first
+    assert changed() == (True, False)
+    (tmp_path / "room").mkdir()
+    (tmp_path / "b.py").rename(tmp_path / "room/cli.py")
+    assert changed() == (True, False)
 
 
 def test_a_stopped_benchmark_goes_on_where_it_was(tmp_path: Path, capsys) -> None:

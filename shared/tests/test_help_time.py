@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from tenfold_shared import help_time
+from tenfold_shared.claims import cli_digest
 from tenfold_shared.errors import UserError
 
 CLI = """
@@ -55,6 +56,7 @@ def test_the_slowest_command_of_all_rounds_decides(package: str, monkeypatch, sl
     assert claim.ours == pytest.approx((slow / 0.1 + 3 + 3) / 3)
     assert claim.peers["bare interpreter, s"] == pytest.approx(0.1)
     assert len(calls) == 3 * 2 * 5
+    assert claim.environment == {"cli": cli_digest(Path(sys.modules["toy_thing.cli"].__file__).parent)}
 
 
 def test_a_command_that_fails_is_named() -> None:

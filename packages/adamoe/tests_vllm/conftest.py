@@ -1,30 +1,6 @@
-"""Real vLLM, one engine per subprocess: a second engine in one process fails to register its kernels."""
-
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Models for the tests on real vLLM."""
 
 import pytest
-
-PARTS = {"vllm": "vllm", "torch": "torch", "adamoe": "adamoe"}
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "vllm: needs the environment of `make vllm`")
-
-
-def pytest_collection_modifyitems(items):
-    missing = [name for name, module in PARTS.items() if importlib.util.find_spec(module) is None]
-    for item in items:
-        item.add_marker(pytest.mark.vllm)
-        if missing:
-            item.add_marker(
-                pytest.mark.skip(reason=f"missing in this environment: {', '.join(missing)} (run make vllm)")
-            )
-
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 2,
@@ -65,29 +41,3 @@ def saved(tmp_path_factory):
         return path
 
     return make
-
-
-@pytest.fixture
-def engine(tmp_path):
-    """Run a scenario of driver.py in a process of its own; gives its answer."""
-
-    def run(scenario, **options):
-        runtime = Path(sys.prefix) / "lib" / "libiomp5.so"
-        env = {
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-        }
-        if runtime.exists():
-            env["LD_PRELOAD"] = str(runtime)
-        answer = tmp_path / "answer.json"
-        command = [sys.executable, str(Path(__file__).parent / "driver.py"), scenario, json.dumps(options), str(answer)]
-        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=tmp_path)
-        assert answer.exists(), f"{scenario} ended with {result.returncode}:\n{result.stderr[-3000:]}"
-        return json.loads(answer.read_text())
-
-    return run

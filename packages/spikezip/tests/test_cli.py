@@ -137,7 +137,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, qann, data):
         (("calibrate", qann, "--data", empty), "no safetensors file"),
         (("calibrate", qann, "--data", wrong), "expected labels and inputs"),
         (("calibrate", qann, "--data", nan), "not finite"),
-        (("calibrate", qann, "--data", data, "--device", "cuda:99"), "not to be had"),
+        (("calibrate", qann, "--data", data, "--device", "cuda:99"), "cannot be used"),
         (("train", qann, "--data", data, "--batch", 99), "24 samples for a batch of 99"),
         (("quantize", str(tmp_path / "no" / "model")), "does not exist"),
         (("quantize", "digits", "--levels", 1), "levels is 1"),

@@ -89,7 +89,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def source_digest(package: str) -> str:
-    """Digest of the installed package's Python sources, by which a results file is known to be of the present code."""
+    """Digest of the installed package, by which a results file is known to be of the present code."""
     module = importlib.util.find_spec(package.replace("-", "_"))
     if module is None or module.origin is None:
         raise UserError(f"package {package} is not installed", hint="run make setup")
@@ -97,15 +97,24 @@ def source_digest(package: str) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """Digest of the Python sources under `folder`, names included."""
+    """Digest of what the figures of a package can depend on: every module and data file under `folder`, names included.
+
+    `cli.py` is left out: it parses and prints, and the import contracts keep everything else from using it.
+    """
+    files = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc" and p != folder / "cli.py"]
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(files):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
+def cli_digest(folder: Path) -> str:
+    """Digest of a package's command line, which only the rows about the command itself depend on."""
+    return hashlib.sha256((folder / "cli.py").read_bytes()).hexdigest()[:16]
+
+
 def environment(package: str, libraries: Sequence[str] = ()) -> dict[str, Any]:
-    """Where a figure was measured: machine, threads, versions, and the digest of the package's sources."""
+    """Where a figure was measured: machine, threads, versions, and the digest of the package."""
     names = ["torch", "numpy", *libraries]
     found = {}
     for name in names:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tenfold_shared.claims import Claim, spread
+from tenfold_shared.claims import Claim, cli_digest, spread
 from tenfold_shared.errors import UserError
 
 LIMIT = 0.5
@@ -39,6 +39,7 @@ def help_time(package: str, paper: str) -> Callable[[list[int]], list[Claim]]:
                 passed=max(excess) < LIMIT,
                 seeds=seeds,
                 spread=spread(ratios),
+                environment={"cli": cli_digest(Path(_cli(package).__file__).parent)},
                 note=f"{len(commands)} commands, each beside a bare interpreter, one round per seed; slowest: {name}.",
             )
         ]
@@ -50,7 +51,11 @@ def command_paths(package: str) -> Iterator[list[str]]:
     """The words of every command of a package's command line: [], ["demo"], ["group", "command"] ..."""
     from typer.main import get_command
 
-    yield from _walk(get_command(importlib.import_module(f"{package.replace('-', '_')}.cli").app), [])
+    yield from _walk(get_command(_cli(package).app), [])
+
+
+def _cli(package: str) -> Any:
+    return importlib.import_module(f"{package.replace('-', '_')}.cli")
 
 
 def _walk(command: Any, words: list[str]) -> Iterator[list[str]]:

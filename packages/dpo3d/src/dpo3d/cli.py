@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from tenfold_shared.cli import Device, Json, Output, Resume, Seed, Table, console, emit, make_app
+from tenfold_shared.device import pick_device
 from tenfold_shared.errors import UserError
 
 app = make_app("dpo3d", "See, explain and mend what DPO does to likelihoods.")
@@ -17,28 +18,16 @@ def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _pick(device: str) -> Any:
-    import torch
-
-    if device != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise UserError(f"device is '{device}', expected auto, cpu, cuda or the like") from error
-    # Without a driver, `current_accelerator` still names what torch was built for.
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
 def _load(name: str, device: str) -> tuple[Any, Any]:
     from tenfold_shared.hub import load_model, load_tokenizer
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(name)
-    return load_model(AutoModelForCausalLM, name).to(_pick(device)).eval(), tokenizer
+    return load_model(AutoModelForCausalLM, name).to(pick_device(device)).eval(), tokenizer
 
 
-@app.command(epilog="Example: dpo3d demo --output out/dpo3d --seed 0")
-def demo(output: Output = Path("out/dpo3d"), seed: Seed = 0, json: Json = False) -> None:
+@app.command(epilog="Example: dpo3d demo --output out --seed 0")
+def demo(output: Output = Path("out"), seed: Seed = 0, json: Json = False) -> None:
     """The toy, then DPO and its remedies on a checkable task under the monitor; offline, about a minute."""
     from dpo3d.demo import run
 

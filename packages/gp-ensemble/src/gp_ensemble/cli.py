@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 from tenfold_shared.cli import Device, Json, Output, Seed, Table, emit, make_app
+from tenfold_shared.device import pick_device
 from tenfold_shared.errors import UserError
 
 app = make_app("gp-ensemble", "Low-shot image classification by one Gaussian process over several frozen encoders.")
@@ -40,7 +41,7 @@ def extract(
     views: Annotated[int, typer.Option(min=1, help="Random crops averaged per image; for training images.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     seed: Seed = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Features of a folder of images under frozen encoders, into OUTPUT/features.safetensors.
@@ -53,7 +54,7 @@ def extract(
     found.check()
     if prior is not None and prior not in [text.partition("=")[0] for text in encoder]:
         raise UserError(f"prior encoder '{prior}' is not among the encoders", hint="give it with --encoder too")
-    extractors = [make_extractor(text, device=_device(device)) for text in encoder]
+    extractors = [make_extractor(text, device=str(pick_device(device))) for text in encoder]
     zero_shot = None
     if prior is not None:
         names = class_name or found.classes()
@@ -97,7 +98,7 @@ def fit(
     if shots is not None:
         table = table[few_shot_indices(table.labels, shots, seed=seed)]
     classifier = GPEnsembleClassifier(
-        kernel, mean, objective=objective, link=link, solver=solver, random_state=seed, device=_device(device)
+        kernel, mean, objective=objective, link=link, solver=solver, random_state=seed, device=str(pick_device(device))
     )
     classifier.fit(table, table.labels).save(output)
     emit(_description(classifier, f"{len(table)} images, {len(classifier.classes_)} classes, into {output}"), json)
@@ -119,7 +120,7 @@ def predict(
 
     from gp_ensemble import FeatureTable, GPEnsembleClassifier
 
-    model = GPEnsembleClassifier.load(classifier, device=_device(device))
+    model = GPEnsembleClassifier.load(classifier, device=str(pick_device(device)))
     table = FeatureTable.load(features)
     proba, variance = model.predict_proba(table), model.ood_score(table)
     k = min(top_k, proba.shape[1])
@@ -149,7 +150,7 @@ def evaluate(
     from gp_ensemble.protocol import tuned_on
     from gp_ensemble.zero_shot import columns_by_name
 
-    model = GPEnsembleClassifier.load(classifier, device=_device(device))
+    model = GPEnsembleClassifier.load(classifier, device=str(pick_device(device)))
     table = _labelled(FeatureTable.load(features), features)
     y = np.asarray(columns_by_name([str(c) for c in model.classes_], table.labels))
     proba = model.predict_proba(table)
@@ -304,7 +305,7 @@ def doctor(
 
     from gp_ensemble.solvers import free_memory, memory_estimate
 
-    have = free_memory(_device(device))
+    have = free_memory(str(pick_device(device)))
     rows = []
     for solver in ("cholesky", "primal", "nystrom"):
         for dtype in (torch.float32, torch.float64):
@@ -313,19 +314,6 @@ def doctor(
             rows.append([solver, str(dtype).removeprefix("torch."), round(need, 3), fits])
     free = "unknown" if have is None else f"{have:.1f} GiB"
     emit(Table(f"{images} images, {classes} classes; free: {free}", ["solver", "dtype", "GiB", "fits"], rows), json)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator.type if accelerator else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}' is not there", hint="use cpu or auto") from error
-    return name
 
 
 def _labelled(table: Any, path: Path) -> Any:

@@ -33,8 +33,9 @@ def demo(
 
 @app.command(epilog="Example: mlcm tiny --output tiny && mlcm sample tiny 'a red ball' --steps 2 --output images")
 def tiny(
-    output: Output, xl: Annotated[bool, typer.Option(help="SDXL in place of Stable Diffusion.")] = False, seed: Seed = 0
-) -> None:
+    output: Output, xl: Annotated[bool, typer.Option(help="SDXL in place of Stable Diffusion.")] = False,
+    seed: Seed = 0, json: Json = False,
+) -> None:  # fmt: skip
     """Save a tiny random pipeline, a CLIP model, a prompt file and a config: for trying every other command offline."""
     from mlcm.testbed import tiny_clip, tiny_pipeline
 
@@ -47,7 +48,8 @@ def tiny(
         "stage1_steps: 4\nstage2_steps: 4\nreward_steps: 4\nadversarial_steps: 2\ncheckpoint_every: 2\n"
     )
     (output / "config.yaml").write_text(settings, encoding="utf-8")
-    typer.echo(f"pipeline, clip, prompts.txt and config.yaml in {output}", err=True)
+    names = {"pipeline": output, **{name: output / name for name in ("clip", "prompts.txt", "config.yaml")}}
+    emit({name: str(path) for name, path in names.items()}, json)
 
 
 @app.command(epilog="Example: mlcm tiny --output tiny && mlcm train --config tiny/config.yaml --stage 1 --output run")
@@ -59,6 +61,7 @@ def train(
     ] = None,
     resume: Resume = False,
     device: Device = "auto",
+    json: Json = False,
 ) -> None:
     """Train a LoRA without data. On several GPUs: accelerate launch -m mlcm train ..."""
     from mlcm.config import read_config
@@ -69,7 +72,7 @@ def train(
         raise UserError(f"stage is '{unknown[0]}', expected one of {', '.join(STAGES)}")
     checkpoint, main = train_pipeline(read_config(config), output, stages=stages, resume=resume, device=device)
     if main:
-        emit({"checkpoint": str(checkpoint), "load it with": f"pipe.load_lora_weights('{checkpoint}')"})
+        emit({"checkpoint": str(checkpoint), "load it with": f"pipe.load_lora_weights('{checkpoint}')"}, json)
 
 
 @app.command(
@@ -80,6 +83,7 @@ def trajectories(
     output: Output = Path("trajectories"),
     entries: Annotated[int, typer.Option(help="How many noises.", min=1)] = 1024,
     device: Device = "auto",
+    json: Json = False,
 ) -> None:
     """Solve the teacher's trajectories once; name the folder as `trajectories:` in the config."""
     from mlcm.config import read_config
@@ -87,7 +91,7 @@ def trajectories(
 
     bank = compute_bank(read_config(config), entries=entries, device=device)
     bank.save(output)
-    emit({"folder": str(output), "entries": len(bank), "milestones": str(list(bank.milestones))})
+    emit({"folder": str(output), "entries": len(bank), "milestones": list(bank.milestones)}, json)
 
 
 @app.command(epilog="Example: mlcm tiny --output tiny && mlcm sample tiny 'a red ball' --steps 4 --output images")
@@ -103,6 +107,7 @@ def sample(
     seed: Seed = 0,
     device: Device = "auto",
     output: Output = Path("out"),
+    json: Json = False,
 ) -> None:
     """Draw images with a student."""
     from mlcm.runs import sample_images
@@ -111,7 +116,7 @@ def sample(
         model, prompt, output, steps=steps, lora=lora, sampler=sampler, gamma=gamma, segments=segments,
         guidance_scale=guidance_scale, seed=seed, device=device,
     )  # fmt: skip
-    emit(Table("", ["prompt", "file"], list(zip(prompt, map(str, files), strict=True))))
+    emit(Table("", ["prompt", "file"], list(zip(prompt, map(str, files), strict=True))), json)
 
 
 @app.command(
@@ -153,6 +158,7 @@ def convert(
     to: Annotated[str, typer.Option(help="diffusers, kohya or peft.")] = "diffusers",
     output: Output = Path("lora"),
     alpha: Annotated[float | None, typer.Option(help="lora_alpha of a peft folder, in place of its own.")] = None,
+    json: Json = False,
 ) -> None:
     """Convert a LoRA, with its scale baked in."""
     from mlcm.lora import export_lora, load_lora, load_official_lora
@@ -164,15 +170,8 @@ def convert(
     )
     lora = load_lora(source) if is_file else load_official_lora(source, alpha=alpha)
     file = export_lora(lora, output, format=to)
-    emit(
-        {
-            "file": str(file),
-            "layers": len(lora.tensors) // 2,
-            "rank": lora.rank,
-            "alpha": lora.alpha,
-            "alpha from": lora.origin,
-        }
-    )
+    numbers = {"layers": len(lora.tensors) // 2, "rank": lora.rank, "alpha": lora.alpha, "alpha from": lora.origin}
+    emit({"file": str(file), **numbers}, json)
 
 
 @app.command(epilog="Example: mlcm bench toy --iterations 20")

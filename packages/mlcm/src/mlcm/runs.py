@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from tenfold_shared.cli import Table
+from tenfold_shared.device import pick_device
 from tenfold_shared.errors import UserError
 from tenfold_shared.hub import load_pipeline, replace_atomically
 from torch import Tensor
@@ -31,18 +32,6 @@ log = logging.getLogger(__name__)
 
 class GuidanceWarning(UserWarning):
     """Guidance on top of a student into which guidance is distilled."""
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the accelerator when there is one. Raises UserError for a device that there is not."""
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}' is not to be had here", hint="auto, cpu, cuda, mps ...") from error
-    return device
 
 
 def load_teacher(model: str, device: torch.device) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_model
+from tenfold_shared.device import pick_device
 from tenfold_shared.errors import UserError
 from tenfold_shared.hub import load_model as load_from_hub
 from tenfold_shared.hub import replace_atomically
@@ -86,19 +87,6 @@ def split_labels(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]
     return {k: v for k, v in tensors.items() if k != "labels"}, tensors["labels"]
 
 
-def device_of(name: str) -> torch.device:
-    """The device of a name; "auto" is an accelerator if there is one. Raises UserError when it is not there."""
-    if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device '{name}' is not to be had here", hint="pass auto or cpu") from error
-    return device
-
-
 def plain_model(name: str) -> nn.Module:
     """A model by name: timm's with `timm:` before it, or transformers' from a folder or the hub."""
     if name.startswith("timm:"):
@@ -143,7 +131,7 @@ def _write_again(qann: nn.Module, folder: Path) -> None:
 
 def calibrated(folder: Path, data: Samples, *, method: str, device: str) -> list[Calibration]:
     """Calibrate the QANN of a folder in place."""
-    qann = load_quantized(folder).to(device_of(device))
+    qann = load_quantized(folder).to(pick_device(device))
     batches = [_part(data.inputs, i) for i in range(0, len(data.labels), 64)]
     report = calibrate(qann, batches, method=method, max_batches=len(batches))
     _write_again(qann.cpu(), folder)
@@ -180,7 +168,7 @@ def converted(folder: Path, *, engine: str, dtype: str, resync: bool) -> Spiking
 
 
 def network(folder: Path, device: str) -> SpikingModel:
-    return load(folder).to(device_of(device))
+    return load(folder).to(pick_device(device))
 
 
 def evaluated(
@@ -254,7 +242,7 @@ def quantiser_map(folder: Path) -> list[list[Any]]:
 
 def compared(folder: Path, data: Samples, *, engine: str, resync: bool, max_steps: int, device: str) -> Exactness:
     """A fresh conversion of the folder's QANN against the QANN."""
-    snn = convert(load_quantized(folder), engine=engine, resync=resync).to(device_of(device))
+    snn = convert(load_quantized(folder), engine=engine, resync=resync).to(pick_device(device))
     return compare(snn, data.inputs, max_steps=max_steps)
 
 
@@ -295,7 +283,7 @@ def neuron_bench(*, steps: int, neurons: int, backend: str, seed: int, device: s
 
     from spikezip.functional import stbif_plus_multi_step
 
-    place = device_of(device)
+    place = pick_device(device)
     x_seq = torch.randn(steps, neurons, generator=torch.Generator().manual_seed(seed)).to(place)
     theta, half = torch.tensor(0.4, device=place), torch.full((neurons,), 0.5, device=place)
     zeros, bounds = torch.zeros_like(half), (torch.tensor(7.0, device=place), torch.tensor(-8.0, device=place))
