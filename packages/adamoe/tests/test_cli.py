@@ -162,8 +162,8 @@ def test_bench():
         (["flops", "--model-config", "TOY", "--load", "-1"], "load is -1"),
         (["bench", "wings"], "no benchmark 'wings'"),
         (["bench", "layer", "--dtype", "int4"], "dtype is 'int4'"),
-        (["bench", "layer", "--device", "toaster"], "device is 'toaster'"),
-        (["train", "--model", "TOY", "--device", "toaster"], "device is 'toaster'"),
+        (["bench", "layer", "--device", "toaster"], "device 'toaster' cannot be used"),
+        (["train", "--model", "TOY", "--device", "toaster"], "device 'toaster' cannot be used"),
         (
             ["train", "--model", "TOY", "--target-load", "9", "-o", "nothing"],
             "target_load is 9.0, the model can have 0 to 3",

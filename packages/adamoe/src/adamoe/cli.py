@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 from tenfold_shared.cli import Device, Json, Output, Resume, Seed, Table, emit, make_app
+from tenfold_shared.device import pick_device
 from tenfold_shared.errors import UserError
 
 app = make_app("adamoe", "Null experts: any mixture-of-experts language model, token-adaptive.")
@@ -28,6 +29,7 @@ def toy(
     output: Output = Path("toy"),
     steps: Annotated[int, typer.Option(min=0, help="Training steps; 0 leaves it random.")] = 120,
     seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """Write a small Mixtral of the testbed's language, with its tokenizer, to try the other commands on."""
     from tenfold_shared.hub import replace_atomically
@@ -37,7 +39,7 @@ def toy(
     model = pretrain(seed, steps)[0] if steps else make_model(seed)
     with replace_atomically(output) as partial:
         save(model, partial)
-    emit({"model": str(output)})
+    emit({"model": str(output)}, json)
 
 
 @app.command(epilog="Example: adamoe convert --model toy --null-experts 8 --out toy-null")
@@ -101,7 +103,7 @@ def train(
     from adamoe import AdaMoEConfig
     from adamoe.finetuning import Recipe, fine_tune
 
-    _device(device)
+    pick_device(device)
     recipe = Recipe(method, steps, batch_size, accumulation, lr, lora, threshold, save_steps, seed)
     config = AdaMoEConfig(num_null_experts=null_experts, aux_coef=_pair(aux), target_load=target_load)
     tokens, pad = _tokens(model, data, rows, seed)
@@ -174,7 +176,9 @@ def load_report(
     model: Model,
     text: Annotated[str | None, typer.Option(help="Text to show the loads of.")] = None,
     file: Annotated[Path | None, typer.Option(help="Text file, a line a sequence, instead of --text.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write .html or .csv instead of a table.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "--output", "-o", help="Write .html or .csv instead of a table.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """True experts of every token, by layer."""
@@ -304,7 +308,7 @@ def bench(
     """Time against load, beside the stock paths."""
     from adamoe.speed import layer_table, training_table
 
-    device = _device(device)
+    device = str(pick_device(device))
     if what not in ("layer", "train"):
         raise UserError(f"there is no benchmark '{what}'", hint="take layer or train")
     if what == "train":
@@ -334,20 +338,6 @@ def serve_args(model: Model, json: Json = False) -> None:
         import shlex
 
         typer.echo(shlex.join(arguments))
-
-
-def _device(name: str) -> str:
-    """The device by its name, the one that "auto" stands for. Raises UserError when torch has none of that name here."""
-    import torch
-
-    if name == "auto":
-        return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device is '{name}' ({reason})", hint="take auto, or one that torch has here") from error
-    return name
 
 
 def _top_k(text: str) -> int | str:
