@@ -7,7 +7,7 @@ import pytest
 import torch
 from adamoe import AdaMoEConfig, calibrate, convert, export, from_pretrained, register
 from adamoe.conversion import is_converted, layer_routers
-from adamoe.errors import CheckpointError, ConversionError
+from adamoe.errors import CheckpointError, ConfigError, ConversionError
 from safetensors.torch import load_file, save_file
 from tenfold_shared.errors import UserError
 from tiny_mixtures import OWN, build, converted
@@ -115,17 +115,93 @@ def test_a_lost_bias_is_zero_and_lost_rows_are_an_error(tmp_path, tokens):
 
 
 @pytest.mark.parametrize(
-    ("settings", "cause"), [({"num_null_experts": 16}, "8 null experts"), ({"top_k": 4}, "top_k 3")]
+    ("settings", "cause"),
+    [
+        ({"num_null_experts": 16}, "num_null_experts 8, adamoe_config says 16"),
+        ({"top_k": 4}, "top_k 3, adamoe_config says 4"),
+        ({"null_type": "identity"}, "null_type zero"),
+        ({"weight_normalization": "none"}, "weight_normalization auto"),
+    ],
 )
 def test_settings_that_are_not_the_checkpoints(settings, cause, tmp_path):
     converted().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=cause):
-        from_pretrained(tmp_path, adamoe_config=AdaMoEConfig(**settings))
+    export(converted(), tmp_path / "registered", "registered")
+    for folder in (tmp_path, tmp_path / "registered"):
+        with pytest.raises(CheckpointError, match=cause):
+            from_pretrained(folder, adamoe_config=AdaMoEConfig(**settings))
+        trained = from_pretrained(folder, adamoe_config=AdaMoEConfig(aux_coef=(0.5, 0.1), target_load=1))
+        assert trained.adamoe.coefficient == 0.5 and trained.config.adamoe["top_k"] == 3
     config = json.loads((tmp_path / "config.json").read_text())
     config["adamoe"]["num_null_experts"] = 24
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="8 null rows a layer, the settings say 24"):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "cause"),
+    [
+        ("eight", "expected names and values"),
+        ([1, 2], "expected names and values"),
+        ({"nulls": 3}, "no setting nulls"),
+        ({"aux_coef": 3}, "aux_coef is 3"),
+        ({"anneal_at": "x"}, "anneal_at is 'x'"),
+        ({"top_k": [3]}, r"top_k is \[3\]"),
+        ({"top_k": 99}, "top_k is 99 with 8 true and 8 null"),
+    ],
+)
+def test_damaged_settings(values, cause, tmp_path):
+    converted().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["adamoe"] = {**config["adamoe"], **values} if isinstance(values, dict) else values
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=cause):
+        from_pretrained(tmp_path)
+
+
+def test_rows_that_are_not_numbers(tmp_path):
+    model = converted()
+    next(layer_routers(model)).null_weight.data[2, 3] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="not numbers"):
+        from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_every_layout_from_the_registered_one(tmp_path, tokens):
+    model = converted(noise=0.2)
+    ours = model(tokens).logits
+    export(model, tmp_path / "a", "registered")
+    again = from_pretrained(tmp_path / "a")
+    for layout in ("in_place", "official", "registered"):
+        export(again, tmp_path / layout, layout)
+        assert torch.equal(from_pretrained(tmp_path / layout)(tokens).logits, ours)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "in_place")
+    assert not is_converted(plain) and type(plain).__name__ == "MixtralForCausalLM"
+
+
+@torch.no_grad()
+def test_the_kernel_that_is_asked_for_on_loading(tmp_path, mixtral, tokens):
+    mixtral.save_pretrained(tmp_path / "stock")
+    export(converted(noise=0.2), tmp_path / "ours")
+    for folder, config in ((tmp_path / "ours", None), (tmp_path / "stock", AdaMoEConfig())):
+        model = from_pretrained(folder, adamoe_config=config, experts_implementation="eager")
+        assert model.config._experts_implementation == "eager" and model(tokens).logits.isfinite().all()
+
+
+def test_a_model_with_lora_in_it_is_merged_first(tmp_path, tokens):
+    from adamoe.finetuning import with_lora
+
+    model = with_lora(converted(noise=0.2)).eval()
+    with pytest.raises(ConversionError, match="merge_and_unload"):
+        export(model, tmp_path / "x")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+        ours = model(input_ids=tokens).logits
+        export(model.merge_and_unload(), tmp_path / "x")
+        assert torch.allclose(from_pretrained(tmp_path / "x")(tokens).logits, ours, atol=1e-4)
 
 
 def test_folders_that_hold_no_model(tmp_path):

@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from adamoe.cli import app
+from adamoe.conversion import layer_routers
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 
@@ -70,6 +73,21 @@ def test_train_and_resume(toy, tmp_path):
     config = json.loads((tmp_path / "model/config.json").read_text())
     assert config["adamoe"]["target_load"] == 1.5
     assert adamoe(*options, "--resume").exit_code == 0
+
+
+def test_options_reach_a_model_that_is_converted_already(nulls, tmp_path):
+    options = ["--steps", 2, "--batch-size", 2, "--rows", 4, "--device", "cpu", "-o", tmp_path / "out"]
+    result("train", "--model", nulls, "--aux", "5:2", "--target-load", 1.25, *options)
+    settings = json.loads((tmp_path / "out/model/config.json").read_text())["adamoe"]
+    assert settings["aux_coef"] == [5.0, 2.0] and settings["target_load"] == 1.25 and settings["top_k"] == 3
+
+
+def test_top_p_is_trained_and_measured_with_its_rule(toy, tmp_path):
+    options = ["--steps", 2, "--batch-size", 2, "--rows", 4, "--device", "cpu", "-o", tmp_path / "out"]
+    done = adamoe("train", "--model", toy, "--method", "top_p", "--threshold", 0.2, *options)
+    assert done.exit_code == 0 and "give eval --top-p 0.2" in done.stderr
+    assert result("eval", "--model", tmp_path / "out/model", "--rows", 4)["load"] == 2
+    assert result("eval", "--model", tmp_path / "out/model", "--rows", 4, "--top-p", 0.2)["load"] < 2
 
 
 def test_train_on_a_file_with_lora(toy, tmp_path):
@@ -144,15 +162,46 @@ def test_bench():
         (["flops", "--model-config", "TOY", "--load", "-1"], "load is -1"),
         (["bench", "wings"], "no benchmark 'wings'"),
         (["bench", "layer", "--dtype", "int4"], "dtype is 'int4'"),
+        (["bench", "layer", "--device", "toaster"], "device 'toaster' cannot be used"),
+        (["train", "--model", "TOY", "--device", "toaster"], "device 'toaster' cannot be used"),
+        (
+            ["train", "--model", "TOY", "--target-load", "9", "-o", "nothing"],
+            "target_load is 9.0, the model can have 0 to 3",
+        ),
+        (["train", "--model", "TOY", "--data", "BINARY"], "not a text file"),
+        (["load-report", "--model", "NULLS", "--file", "BINARY"], "not a text file"),
+        (["eval", "--model", "NULLS", "--data", "SHORT"], "no text of short.jsonl has two tokens"),
+        (["eval", "--model", "TOY", "--top-p", "0.5"], "no null routers"),
+        (["eval", "--model", "DENSE"], "no num_local_experts"),
         (["serve-args", "--model", "TOY"], "has no null experts"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, cause, toy, nulls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
-    names = {"TOY": str(toy), "NULLS": str(nulls), "EMPTY": "empty.jsonl"}
+    (tmp_path / "short.jsonl").write_text('{"text": "A"}')
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    names = {"TOY": str(toy), "NULLS": str(nulls), "EMPTY": "empty.jsonl", "SHORT": "short.jsonl", "BINARY": "binary"}
+    if "DENSE" in arguments:
+        LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path / "dense")  # fmt: skip
+        names["DENSE"] = "./dense"
     done = adamoe(*(names.get(a, a) for a in arguments))
     assert done.exit_code == 2, done.output
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("error:")]
     assert cause in line and "Traceback" not in done.stderr
-    assert {p.name for p in tmp_path.iterdir()} <= {"empty.jsonl", "nothing"}
+    assert {p.name for p in tmp_path.iterdir()} <= {"empty.jsonl", "short.jsonl", "binary", "dense"}
+
+
+def test_an_adapter_becomes_a_model_as_the_readme_says(nulls, tmp_path):
+    from adamoe import export, from_pretrained
+    from peft import PeftModel
+
+    options = ["--steps", 2, "--batch-size", 2, "--rows", 4, "--lr", 1e-2, "--device", "cpu", "-o", tmp_path / "out"]
+    done = adamoe("train", "--model", nulls, "--lora", *options)
+    assert done.exit_code == 0 and f"is an adapter of '{nulls}'" in done.stderr
+    merged = PeftModel.from_pretrained(from_pretrained(nulls), tmp_path / "out/model").merge_and_unload()
+    export(merged, tmp_path / "whole")
+    assert not torch.equal(
+        next(layer_routers(merged)).null_weight, next(layer_routers(from_pretrained(nulls))).null_weight
+    )
+    assert 0 < result("eval", "--model", tmp_path / "whole", "--rows", 2)["load"] <= 3

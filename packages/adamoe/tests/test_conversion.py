@@ -1,11 +1,12 @@
 import copy
+import pickle
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
-from adamoe import AdaMoEConfig, convert, families, record_load, revert
+from adamoe import AdaMoEConfig, convert, families, record_load, register, revert, set_load
 from adamoe.config import preserving_top_k
 from adamoe.conversion import layer_routers
 from adamoe.errors import ConfigError, ConversionError, UnknownFamilyError
@@ -57,6 +58,87 @@ def test_every_kernel_keeps_the_function(name, kernel, tokens):
             convert(model, AdaMoEConfig(num_null_experts=8 * r, experts_implementation=kernel))
             assert (model(tokens).logits - before).abs().max() < PRESERVED, (k0, r)
             revert(model)
+
+
+def router_outputs(model, tokens):
+    """(logits, weights, index) of every router in one pass."""
+    found = []
+    routers = [m for m in model.modules() if "TopK" in type(m).__name__ or "Topk" in type(m).__name__]
+    handles = [r.register_forward_hook(lambda module, args, output: found.append(output)) for r in routers]
+    model(tokens)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", OWN)
+@torch.no_grad()
+def test_ties_in_bfloat16_go_as_the_stock_router_has_them_go(name):
+    """Two true experts often tie there, and which of them stock takes is no rule: the first layer's choice is the same."""
+    tokens = torch.randint(3, 40, (8, 37), generator=torch.Generator().manual_seed(1))
+    model = build(name)
+    for parameter in model.parameters():
+        parameter.copy_((parameter * 8).round() / 8)  # coarse weights tie more often
+    model.bfloat16()
+    before = router_outputs(model, tokens)[0][2]
+    for m in (8, 16):
+        convert(model, AdaMoEConfig(num_null_experts=m))
+        index = router_outputs(model, tokens)[0][2]
+        assert [sorted(i for i in row if i < 8) for row in index.tolist()] == [sorted(row) for row in before.tolist()]
+        revert(model)
+
+
+@torch.no_grad()
+def test_experts_outside_the_chosen_groups_stay_out():
+    """Also where K is more than true and null experts in the groups: 8 of 16 in one of two groups, K is 12."""
+    model = build("deepseek_v3")
+    with pytest.warns(UserWarning, match="changes the function"):
+        convert(model, AdaMoEConfig(top_k=12))
+    tokens = torch.arange(3, 39).view(2, 18)
+    for _, weights, index in router_outputs(model, tokens):
+        groups = [{i // 4 for i in row if i < 8} for row in index.tolist()]
+        assert all(len(g) == 1 for g in groups) and weights.isfinite().all()
+    with record_load(model) as record:
+        model(tokens)
+    assert record.mean == 4
+
+
+def test_one_expert(tokens):
+    model = build("qwen2_moe", num_experts=1, num_experts_per_tok=1)
+    before = model(tokens).logits
+    assert torch.equal(convert(model, AdaMoEConfig(num_null_experts=3))(tokens).logits, before)
+    assert model.config.adamoe["top_k"] == 1
+
+
+def test_a_converted_model_is_pickled(tmp_path, tokens):
+    """As whole models are sent between processes; loaded models and the registered class too."""
+    from adamoe import export, from_pretrained
+
+    model = converted(noise=0.3)
+    export(model, tmp_path / "a")
+    export(model, tmp_path / "b", "registered")
+    for one in (model, from_pretrained(tmp_path / "a"), from_pretrained(tmp_path / "b")):
+        again = pickle.loads(pickle.dumps(one))
+        assert type(again) is type(one) and torch.equal(again(tokens).logits, one(tokens).logits)
+
+
+def test_the_null_bias_keeps_its_digits():
+    """The controller's steps, 0.05 times a small difference, would be lost in bfloat16."""
+    model = set_load(converted(), null_bias=0.123456)
+    model.bfloat16()
+    for router in layer_routers(model):
+        assert router.weight.dtype == torch.bfloat16
+        assert router.null_bias.dtype == torch.float32 and float(router.null_bias) == pytest.approx(0.123456, abs=1e-7)
+
+
+def test_float32_routers_stay_float32_under_autocast(tokens):
+    """Ernie switches autocast off in its router; so do its null rows."""
+    model = build("ernie4_5_moe")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        before = router_outputs(model, tokens)[0][0]
+        convert(model)
+        after = router_outputs(model, tokens)[0][0]
+    assert before.dtype == after.dtype == torch.float32 and torch.equal(after[:, :8], before)
 
 
 def test_which_k_keeps_the_function(mixtral, tokens):
@@ -176,7 +258,13 @@ def test_compiled_without_a_break(tokens):
         ({"aux_coef": (0.1,)}, "aux_coef"),
         ({"aux_coef": (float("nan"), 0)}, "aux_coef"),
         ({"anneal_at": 2}, "anneal_at is 2"),
+        ({"aux_coef": 3}, "aux_coef is 3"),
+        ({"aux_coef": ("a", "b")}, "aux_coef"),
+        ({"anneal_at": "half"}, "anneal_at is 'half'"),
         ({"target_load": -1}, "target_load is -1"),
+        ({"target_load": "low"}, "target_load is 'low'"),
+        ({"target_load": 9}, "target_load is 9, the model can have 0 to 3"),
+        ({"top_k": 12, "target_load": 1}, "the model can have 4 to 8"),
     ],
 )
 def test_settings_out_of_range(settings, cause, mixtral):
@@ -188,6 +276,8 @@ def test_settings_out_of_range(settings, cause, mixtral):
 def test_an_unknown_setting():
     with pytest.raises(ConfigError, match="no setting nulls"):
         AdaMoEConfig.from_dict({"nulls": 3})
+    with pytest.raises(ConfigError, match="expected names and values"):
+        AdaMoEConfig.from_dict("nulls")
 
 
 def test_models_that_cannot_be_converted(mixtral):
@@ -211,8 +301,10 @@ def test_models_that_cannot_be_converted(mixtral):
         convert(mixtral)
     del mixtral.config.quantization_config
     mixtral.config.model_type = "martian_moe"
-    with pytest.raises(UnknownFamilyError, match=r"'martian_moe'.*mixtral.*adamoe.families.register"):
+    register()
+    with pytest.raises(UnknownFamilyError, match=r"'martian_moe'.*mixtral.*adamoe.families.register") as said:
         convert(mixtral)
+    assert "adamoe_mixtral" not in str(said.value)
 
 
 def test_a_family_of_ones_own(mixtral, tokens):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from adamoe import AdaMoEConfig, aux_coefficient, convert, load_balancing_loss, set_progress
 from adamoe.conversion import layer_routers
+from adamoe.errors import ConversionError
 from tiny_mixtures import build, converted
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -172,6 +173,42 @@ def test_gradient_checkpointing_gives_the_same_gradients(tokens):
     assert saving.is_gradient_checkpointing
     for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
+
+
+def test_what_would_train_without_the_balance_loss_is_refused(tokens):
+    """Reentrant checkpointing records logits without a gradient; DataParallel's replicas write into one record."""
+    model = converted(noise=0.2).train()
+    with pytest.raises(ConversionError, match="accelerate launch"):
+        model._replicate_for_data_parallel()(tokens, labels=tokens)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(ConversionError, match="use_reentrant"):
+        model(tokens, labels=tokens, use_cache=False)
+
+
+def test_compiled_and_checkpointed_it_is_the_same_step(tokens):
+    plain = converted(noise=0.2).train()
+    saving = copy.deepcopy(plain)
+    saving.gradient_checkpointing_enable()
+    compiled = torch.compile(saving, backend="aot_eager")
+    for progress in (0.0, 0.9):
+        for model in (plain, saving):
+            set_progress(model, progress)
+            model.zero_grad()
+        losses = [m(tokens, labels=tokens, use_cache=False).loss for m in (plain, compiled)]
+        for loss in losses:
+            loss.backward()
+        assert float(losses[0]) == pytest.approx(float(losses[1]), abs=1e-5)
+        for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+            assert torch.allclose(a.grad, b.grad, atol=1e-5), name
+
+
+def test_nothing_but_padding_adds_nothing(tokens):
+    model = converted(noise=0.2).train()
+    nothing = {"attention_mask": torch.zeros_like(tokens), "labels": torch.full_like(tokens, -100)}
+    loss = model(tokens, num_items_in_batch=5, **nothing).loss
+    loss.backward()
+    assert float(loss) == 0 and all(r.null_weight.grad.isfinite().all() for r in layer_routers(model))
 
 
 def test_a_copy_of_a_model_has_hooks_of_its_own(tokens):

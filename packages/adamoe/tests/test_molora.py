@@ -2,9 +2,11 @@ import json
 
 import pytest
 import torch
-from adamoe import load_balancing_loss, molora, record_load
+from adamoe import LoadController, calibrate, convert, export, load_balancing_loss, molora, record_load, revert, routers
+from adamoe.conversion import layer_routers
 from adamoe.errors import CheckpointError, ConfigError, ConversionError
 from adamoe.molora import MoLoRAConfig, MoLoRALinear, inject, load_adapter, save_adapter
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -106,14 +108,50 @@ def test_adapters_are_saved_and_loaded(tmp_path, tokens):
     ("settings", "cause"),
     [
         ({"top_k": 10}, "top_k is 10"),
-        ({"r": 0}, "r 0"),
-        ({"num_experts": 0}, "num_experts 0"),
+        ({"r": 0}, "r is 0"),
+        ({"r": 2.5}, r"r is 2\.5"),
+        ({"num_experts": 0}, "num_experts is 0"),
+        ({"num_null_experts": -1}, "num_null_experts is -1"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"aux_coef": (-1, 0)}, "aux_coef"),
         ({"target_modules": []}, "empty"),
+        ({"target_modules": "q_proj"}, "expected a list"),
     ],
 )
 def test_settings(settings, cause):
     with pytest.raises(ConfigError, match=cause):
         MoLoRAConfig(**settings)
+
+
+def test_one_knob_for_all_models(tokens):
+    """Calibration, the controller and an empty batch, as for a mixture of experts."""
+    model = inject(dense(), MoLoRAConfig(num_null_experts=12))
+    assert calibrate(model, [tokens], target_load=1.5, tolerance=0.1) == pytest.approx(1.5, abs=0.1)
+    controller = LoadController(model.train(), 1.0)
+    model(tokens, labels=tokens)
+    before = [float(r.null_bias) for r in layer_routers(model)]
+    loads = controller.step()
+    after = [float(r.null_bias) for r in layer_routers(model)]
+    assert [b - a for a, b in zip(before, after, strict=True)] == pytest.approx(
+        [0.05 * (v - 1) for v in loads], abs=1e-6
+    )
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer(torch.zeros(0, 3, 32)).shape == (0, 3, 32)
+
+
+def test_what_is_not_for_mixtures_of_lora(tmp_path, tokens):
+    """Each refusal leaves the model as it was."""
+    model = noisy(inject(dense(), MoLoRAConfig()))
+    before = model(tokens).logits
+    for action, cause in (
+        (convert, "nulls of their own"),
+        (revert, "load the dense model anew"),
+        (lambda m: routers.use(m, routers.top_p), "no null routers"),
+        (lambda m: export(m, tmp_path / "x"), "save_adapter"),
+    ):
+        with pytest.raises(ConversionError, match=cause):
+            action(model)
+    assert torch.equal(model(tokens).logits, before) and not (tmp_path / "x").exists()
 
 
 def test_errors(tmp_path):
@@ -127,8 +165,15 @@ def test_errors(tmp_path):
     with pytest.raises(CheckpointError, match=r"no molora\.json"):
         load_adapter(dense(), tmp_path)
     save_adapter(model, tmp_path / "a")
+    other = dense(hidden_size=16)
     with pytest.raises(CheckpointError, match="of another model"):
-        load_adapter(dense(hidden_size=16), tmp_path / "a")
+        load_adapter(other, tmp_path / "a")
+    tensors = load_file(tmp_path / "a/adapter.safetensors")
+    key = next(k for k in tensors if k.endswith("lora_B"))
+    save_file({**tensors, key: tensors[key] * float("nan")}, tmp_path / "a/adapter.safetensors")
+    with pytest.raises(CheckpointError, match="not finite"):
+        load_adapter(other := dense(), tmp_path / "a")
+    assert not any(isinstance(m, MoLoRALinear) for m in other.modules()), "and nothing was put into the model"
     record = json.loads((tmp_path / "a/molora.json").read_text())
     (tmp_path / "a/molora.json").write_text(json.dumps({**record, "wings": 2}))
     with pytest.raises(CheckpointError, match="damaged"):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from adamoe import AdaMoEConfig, convert, record_load, routers
+from adamoe import AdaMoEConfig, convert, record_load, revert, routers
 from adamoe.errors import ConfigError, ConversionError
 from adamoe.routing import expert_load, route
 from adamoe.testbed import (
@@ -146,8 +146,24 @@ def test_every_router_trains_in_a_model(router, tokens):
     assert 0 <= record.mean <= 8
     routers.use(model, None)
     plain = converted(noise=0.2)
-    if router is not routers.moepp:
-        assert torch.equal(model.eval()(tokens).logits, plain(tokens).logits)
+    assert torch.equal(model.eval()(tokens).logits, plain(tokens).logits)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_constant_experts_are_added_once(tokens):
+    model = routers.use(converted(noise=0.2), routers.moepp)
+    once = model(tokens).logits
+    assert torch.equal(routers.use(model, routers.moepp)(tokens).logits, once)
+    revert(model)
+    assert torch.equal(model(tokens).logits, revert(converted(noise=0.2))(tokens).logits)
+
+
+def test_a_copy_never_displaces_its_expert_in_bias_balance(tokens):
+    z = logits(total=8).repeat(1, 2)
+    routing = routers.aux_free(z, 8, 3, bias=torch.zeros(16))
+    best = z[:, :8].topk(2, -1)[1]
+    assert torch.equal(routing.load(8), torch.full((50,), 2))
+    assert [sorted(i for i in row if i < 8) for row in routing.index.tolist()] == [sorted(row) for row in best.tolist()]
 
 
 def test_moepp_copy_and_constant_experts(tokens):

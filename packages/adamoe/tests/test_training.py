@@ -20,7 +20,7 @@ from adamoe import (
     set_load,
 )
 from adamoe.conversion import base_of, layer_routers
-from adamoe.errors import ConfigError
+from adamoe.errors import ConfigError, ConversionError
 from adamoe.finetuning import Recipe, collate, fine_tune, read_texts, with_lora
 from one_rank import KERNELS, LIMIT, loss_of, model_of
 from tenfold_shared.errors import UserError
@@ -237,6 +237,18 @@ def test_calibration_to_any_load(per_layer, tokens):
             assert record.by_layer().tolist() == pytest.approx([target] * 2, abs=0.03)
 
 
+def test_per_layer_biases_under_peft(tokens):
+    """PEFT keeps a frozen router beside the one it trains; a layer is one all the same."""
+    model = with_lora(converted(noise=0.5))
+    load = calibrate(model, [tokens], target_load=1.5, per_layer=True, tolerance=0.1)
+    biases = [float(r.null_bias) for r in layer_routers(model)]
+    assert load == pytest.approx(1.5, abs=0.1) and len(biases) == 4 and biases[0] == biases[1] != biases[2] == biases[3]
+    set_load(model, null_bias=torch.tensor([0.1, 0.2]))
+    assert [float(r.null_bias) for r in layer_routers(model)] == pytest.approx([0.1, 0.1, 0.2, 0.2])
+    set_load(model, null_bias=torch.tensor(0.3))
+    assert [float(r.null_bias) for r in layer_routers(model)] == pytest.approx([0.3] * 4)
+
+
 def test_calibration_says_what_it_cannot_do(tokens, mixtral):
     model = converted()
     with pytest.warns(UserWarning, match="still copies"):
@@ -251,7 +263,7 @@ def test_calibration_says_what_it_cannot_do(tokens, mixtral):
         set_load(model, null_bias=float("nan"))
     with pytest.raises(ConfigError, match="no target"):
         LoadController(model)
-    with pytest.raises(ConfigError, match="out of reach"):
+    with pytest.raises(ConfigError, match="the model can have 0 to 3"):
         LoadController(model, 5.0)
 
 
@@ -268,6 +280,21 @@ def test_the_record(tokens):
     assert record.by_token()[token] == (pytest.approx(float(expected)), len(here))
     table = record.to_dataframe()
     assert len(table) == 48 and table.loc[30, "token"] == tokens.flatten()[6] and table["load"].sum() == loads.sum()
+
+
+def test_a_record_of_other_tokens_than_it_was_told(tokens):
+    model = converted(noise=0.4)
+    with record_load(model, token_ids=tokens) as record, torch.no_grad():
+        model(tokens)
+        model(tokens)
+    assert record.per_token.shape == (2, 48) and 0 < record.mean < 3
+    for table in (record.by_token, record.to_dataframe):
+        with pytest.raises(ConversionError, match="token_ids has 24 places, 48 tokens were recorded"):
+            table()
+    with record_load(model, attention_mask=torch.ones(2, 5)) as record, torch.no_grad():
+        model(tokens)
+    with pytest.raises(ConversionError, match="attention_mask has 10 places, 24 tokens were recorded"):
+        _ = record.mean
 
 
 def test_padding_is_not_in_the_record(tokens):
@@ -297,6 +324,21 @@ def test_trainer_anneals_and_steers(tmp_path):
     assert len(losses) == 6 and base_of(model).adamoe.coefficient == 1e-4
     assert all(float(r.null_bias) > 0.01 for r in layer_routers(model))
     assert (tmp_path / "out/model/config.json").exists()
+
+
+def test_a_converted_model_is_trained_as_the_settings_say(tmp_path):
+    """What it computes stays the checkpoint's; coefficient, schedule and target are those given now."""
+    converted(noise=0.2, num_null_experts=16).save_pretrained(tmp_path / "base")
+    config = AdaMoEConfig(aux_coef=(0.3, 0.2), anneal_at=0.9, target_load=1.0)
+    recipe = Recipe(steps=2, batch_size=2, lr=1e-3)
+    model, _ = fine_tune(tmp_path / "base", rows(4), recipe, config, output=tmp_path / "out", device="cpu")
+    settings = base_of(model).adamoe.config
+    assert (settings.num_null_experts, settings.top_k) == (16, 4)
+    assert (settings.aux_coef, settings.anneal_at, settings.target_load) == ((0.3, 0.2), 0.9, 1.0)
+    assert all(float(r.null_bias) != 0 for r in layer_routers(model))
+    with pytest.raises(ConfigError, match="target_load is 7, the model can have 0 to 4"):
+        fine_tune(tmp_path / "base", rows(4), recipe, AdaMoEConfig(target_load=7), output=tmp_path / "no", device="cpu")
+    assert not (tmp_path / "no").exists()
 
 
 RUN = """
@@ -360,10 +402,11 @@ def test_other_methods(method, tmp_path):
         ('{"text": ""}', "empty text"),
         ('{"text": 3}', "empty text"),
         ("[1]", "no text"),
+        (b"\xff\xfe\x00", "not a text file"),
     ],
 )
 def test_text_files(text, cause, tmp_path):
-    (tmp_path / "a.jsonl").write_text(text)
+    (tmp_path / "a.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=cause):
         read_texts(tmp_path / "a.jsonl")
 

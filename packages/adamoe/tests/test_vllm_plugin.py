@@ -108,7 +108,10 @@ def test_versions_names_modes_and_kernels():
     [
         ({"speed": 1}, "no setting speed"),
         ({"nulls": "x"}, "nulls is 'x'"),
-        ({"null_bias": float("nan")}, "not a number"),
+        ({"null_bias": float("nan")}, "null_bias is nan"),
+        ({"null_bias": "high"}, "null_bias is 'high'"),
+        ({"count": "yes"}, "count is 'yes'"),
+        ([1], r"adamoe is \[1\]"),
     ],
 )
 def test_settings(values, cause):

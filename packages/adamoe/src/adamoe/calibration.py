@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adamoe.conversion import base_of, layer_routers, watch
+from adamoe.conversion import base_of, layer_routers, routers_by_layer, watch
 from adamoe.errors import ConfigError
 from adamoe.records import record_load
-from adamoe.routing import Routing, selection_scores
+from adamoe.routing import Routing
 
 
 def set_load(model: Any, *, null_bias: float | Iterable[float]) -> Any:
@@ -24,14 +24,16 @@ def set_load(model: Any, *, null_bias: float | Iterable[float]) -> Any:
     It is saved with the model. Raises ConfigError when the numbers are not one, or one for every layer.
     """
     base_of(model)
-    routers = list(layer_routers(model))
-    values = [float(null_bias)] * len(routers) if isinstance(null_bias, int | float) else [float(b) for b in null_bias]
-    if len(values) != len(routers):
-        raise ConfigError(f"null_bias has {len(values)} numbers, the model {len(routers)} layers with null experts")
+    layers = routers_by_layer(model)
+    values = torch.as_tensor(null_bias if hasattr(null_bias, "__float__") else list(null_bias)).double().tolist()
+    values = values if isinstance(values, list) else [values] * len(layers)
+    if len(values) != len(layers):
+        raise ConfigError(f"null_bias has {len(values)} numbers, the model {len(layers)} layers with null experts")
     if any(b != b for b in values):
         raise ConfigError("null_bias is not a number")
-    for router, value in zip(routers, values, strict=True):
-        router.null_bias.fill_(value)
+    for layer, value in zip(layers, values, strict=True):
+        for router in layer:
+            router.null_bias.fill_(value)
     return model
 
 
@@ -63,13 +65,9 @@ def calibrate(
     Raises ConfigError when the load cannot be reached. Warns when it is missed by more than `tolerance`, which happens when
     null rows are still exact copies: their margins are all zero, and no bias divides them.
     """
-    base_of(model)
+    settings = base_of(model).adamoe.config
     routers = list(layer_routers(model))
-    n, K, m = routers[0].num_experts, routers[0].adamoe_top_k, routers[0].null_weight.shape[0]
-    if not max(0, K - m) <= target_load <= min(K, n):
-        raise ConfigError(
-            f"target_load is {target_load}, the model can have {max(0, K - m)} to {min(K, n)} true experts per token"
-        )
+    settings.check_target(target_load, routers[0].num_experts, routers[0].adamoe_top_k)
     batches = [b if isinstance(b, dict) else {"input_ids": b} for b in loader]
     if not batches:
         raise ConfigError("there is nothing to calibrate on", hint="pass at least one batch of tokens")
@@ -115,11 +113,7 @@ def _margins(model: Any, batches: list[dict[str, Any]], routers: list[Any]) -> l
     mask: Tensor | None = None
 
     def keep(router: Any, routing: Routing) -> None:
-        scores = selection_scores(
-            routing.logits, router.num_experts, score=router.adamoe_family.score, groups=router.adamoe_groups(),
-            correction=router.adamoe_full_correction(),
-        )  # fmt: skip
-        found = margins(scores, router.num_experts, router.adamoe_top_k)
+        found = margins(router.adamoe_scores(routing.logits), router.num_experts, router.adamoe_top_k)
         kept[id(router)].append(found if mask is None else found[mask.reshape(-1).bool()])
 
     with watch(model, keep):

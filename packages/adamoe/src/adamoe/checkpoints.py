@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from tenfold_shared import hub
 
-from adamoe.config import AdaMoEConfig
+from adamoe.config import FUNCTION, AdaMoEConfig
 from adamoe.conversion import PARAMETERS, attach, base_of, convert, is_converted, layer_routers, settings_of
 from adamoe.errors import CheckpointError, ConversionError
 from adamoe.families import FAMILIES, Family, family_of
@@ -74,6 +74,21 @@ def model_class(model_type: str, registered: bool = False) -> Any:
     return Converted
 
 
+def __getattr__(name: str) -> Any:
+    """The classes above by name, as pickle looks for them."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    registered = name.startswith("AdaMoE")
+    if registered:
+        register()
+        if name in globals():  # a configuration's
+            return globals()[name]
+    for model_type in FAMILIES:
+        if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) == name.removeprefix("AdaMoE"):
+            return model_class(model_type, True) if registered else model_class(model_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 @cache
 def register() -> None:
     """Make AutoConfig and AutoModelForCausalLM know the model types `adamoe_<type>`, and their checkpoint layout."""
@@ -105,21 +120,23 @@ def from_pretrained(name: str | Path, *, adamoe_config: AdaMoEConfig | None = No
     """Load a model with null experts.
 
     name: folder or hub id of a converted model, of one in the published layout (`gate2`), or, with `adamoe_config`, of a
-    stock mixture of experts, which is converted. kwargs: as for AutoModelForCausalLM.from_pretrained.
+    stock mixture of experts, which is converted. adamoe_config of a converted model may change how it is trained, not what
+    it computes. kwargs: as for AutoModelForCausalLM.from_pretrained.
 
     Raises CheckpointError when the null rows are missing or their number is not that of the settings, or `adamoe_config`
-    contradicts the checkpoint; UserError when the files cannot be read.
+    contradicts the checkpoint; UserError when the files or the settings in them cannot be read.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     register()
+    kernel = kwargs.pop("experts_implementation", None)
     config = hub.load_model(AutoConfig, name, use_safetensors=None)
     found, saved = _null_rows(Path(name)), settings_of(config)
-    if config.model_type.startswith(PREFIX):
-        return hub.load_model(AutoModelForCausalLM, name, **kwargs)
     if saved is None and found is None:
         if adamoe_config is None:
             raise CheckpointError(f"'{name}' has no null experts", hint="pass adamoe_config to convert it")
+        if kernel is not None:
+            adamoe_config = AdaMoEConfig.from_dict({**adamoe_config.to_dict(), "experts_implementation": kernel})
         return convert(hub.load_model(AutoModelForCausalLM, name, **kwargs), adamoe_config)
     settings = saved or adamoe_config or AdaMoEConfig(num_null_experts=found[0])  # type: ignore[index]
     if found is not None and found[0] != settings.num_null_experts:
@@ -128,17 +145,22 @@ def from_pretrained(name: str | Path, *, adamoe_config: AdaMoEConfig | None = No
             hint="correct num_null_experts",
         )
     if saved is not None and adamoe_config is not None:
-        given = (adamoe_config.num_null_experts, adamoe_config.top_k)
-        if given[0] != saved.num_null_experts or given[1] not in ("preserve", saved.top_k):
-            raise CheckpointError(
-                f"'{name}' has {saved.num_null_experts} null experts and top_k {saved.top_k}, adamoe_config says {given[0]} and {given[1]}",
-                hint="leave adamoe_config out, or revert and convert again",
-            )
+        for setting in FUNCTION:
+            given, kept = getattr(adamoe_config, setting), getattr(saved, setting)
+            if given != kept and (setting, given) != ("top_k", "preserve"):
+                raise CheckpointError(
+                    f"'{name}' has {setting} {kept}, adamoe_config says {given}",
+                    hint="leave adamoe_config out, or revert and convert again",
+                )
         settings = AdaMoEConfig.from_dict({**adamoe_config.to_dict(), "top_k": saved.top_k})
     config.adamoe = settings.to_dict()
     if found is not None and found[1]:
         kwargs["key_mapping"] = {GATE2: ".gate.null_weight", **(kwargs.get("key_mapping") or {})}
-    model = hub.load_model(model_class(config.model_type), name, config=config, **kwargs)
+    registered = config.model_type.startswith(PREFIX)
+    loader = AutoModelForCausalLM if registered else model_class(config.model_type)
+    model = hub.load_model(loader, name, config=config, **kwargs)
+    if kernel is not None:
+        model.set_experts_implementation(kernel)
     # Saving would undo the renaming and write gate2 again; `export` does that when it is asked for.
     kept = [c for c in getattr(model, "_weight_conversions", None) or [] if c.target_patterns != [".gate.null_weight"]]
     model._weight_conversions = kept
@@ -155,6 +177,10 @@ def _check_rows(model: Any, missing: set[str], name: Any) -> None:
     for key in missing:
         if key.endswith("null_bias"):
             model.get_buffer(key).zero_()
+    for router in layer_routers(model):
+        # A bias may be infinite: no true expert, or no null.
+        if not router.null_weight.is_meta and (not router.null_weight.isfinite().all() or router.null_bias.isnan()):
+            raise CheckpointError(f"'{name}' has null rows that are not numbers", hint="convert the stock model again")
 
 
 def _null_rows(folder: Path) -> tuple[int, bool] | None:
@@ -181,9 +207,14 @@ def export(model: Any, folder: str | Path, layout: Layout = "in_place") -> Path:
     """Write a converted model to `folder` in a layout, whole or not at all.
 
     Raises CheckpointError when the layout is unknown, or "official" is asked for another family than Mixtral or for a model
-    whose null bias is not zero, which that layout cannot hold; ConversionError when the model has no null experts.
+    whose null bias is not zero, which that layout cannot hold; ConversionError when the model has no null experts, or has
+    LoRA in it, single or as mixtures.
     """
     base = base_of(model)
+    if hasattr(base, "molora"):
+        raise ConversionError("the model has mixtures of LoRA", hint="call molora.save_adapter")
+    if any(".base_layer." in name for name, _ in base.named_parameters()):
+        raise ConversionError("the model has LoRA in it", hint="export model.merge_and_unload()")
     if layout not in ("in_place", "registered", "official", "stock"):
         raise CheckpointError(f"layout is '{layout}'", hint="take in_place, registered, official or stock")
     family = next(layer_routers(base)).adamoe_family
@@ -197,7 +228,7 @@ def export(model: Any, folder: str | Path, layout: Layout = "in_place") -> Path:
     folder = Path(folder)
     with hub.replace_atomically(folder) as partial:
         base.save_pretrained(partial)
-        if layout != "in_place":
+        if (layout == "registered") != base.config.model_type.startswith(PREFIX) or layout in ("official", "stock"):
             _rewrite(partial, layout, base.config.model_type.removeprefix(PREFIX))
     return folder
 
@@ -208,7 +239,7 @@ def _rewrite(folder: Path, layout: Layout, model_type: str) -> None:
 
     def renamed(key: str) -> str | None:
         part = key.rpartition(".")[2]
-        if layout == "registered" or not part.startswith("null_"):
+        if layout in ("in_place", "registered") or not part.startswith("null_"):
             return key
         if layout == "stock" or part != "null_weight":
             return None

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 from tenfold_shared.cli import Device, Json, Output, Resume, Seed, Table, emit, make_app
+from tenfold_shared.device import pick_device
 from tenfold_shared.errors import UserError
 
 app = make_app("adamoe", "Null experts: any mixture-of-experts language model, token-adaptive.")
@@ -28,6 +29,7 @@ def toy(
     output: Output = Path("toy"),
     steps: Annotated[int, typer.Option(min=0, help="Training steps; 0 leaves it random.")] = 120,
     seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """Write a small Mixtral of the testbed's language, with its tokenizer, to try the other commands on."""
     from tenfold_shared.hub import replace_atomically
@@ -37,7 +39,7 @@ def toy(
     model = pretrain(seed, steps)[0] if steps else make_model(seed)
     with replace_atomically(output) as partial:
         save(model, partial)
-    emit({"model": str(output)})
+    emit({"model": str(output)}, json)
 
 
 @app.command(epilog="Example: adamoe convert --model toy --null-experts 8 --out toy-null")
@@ -101,6 +103,7 @@ def train(
     from adamoe import AdaMoEConfig
     from adamoe.finetuning import Recipe, fine_tune
 
+    pick_device(device)
     recipe = Recipe(method, steps, batch_size, accumulation, lr, lora, threshold, save_steps, seed)
     config = AdaMoEConfig(num_null_experts=null_experts, aux_coef=_pair(aux), target_load=target_load)
     tokens, pad = _tokens(model, data, rows, seed)
@@ -114,11 +117,24 @@ def train(
         pad=pad,
         device=device,
     )
+    if method == "top_p":
+        typer.echo(f"note: a checkpoint does not hold the rule; give eval --top-p {threshold:g}", err=True)
+    if lora:
+        typer.echo(f"note: {output / 'model'} is an adapter of '{model}'; PeftModel.from_pretrained opens it", err=True)
     emit({"model": str(output / "model"), "first loss": losses[0], "last loss": losses[-1]}, json)
 
 
 @app.command(epilog="Example: adamoe eval --model toy-null --data synthetic --rows 32")
-def eval(model: Model, data: Data = "synthetic", rows: Rows = 96, seed: Seed = 0, json: Json = False) -> None:
+def eval(
+    model: Model,
+    data: Data = "synthetic",
+    rows: Rows = 96,
+    top_p: Annotated[
+        float | None, typer.Option(help="Route by top-p with this threshold, as train --method top_p did.")
+    ] = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
     """Loss, load and multiply-adds; on the synthetic language also accuracy and load by kind of token."""
     import torch
 
@@ -126,6 +142,11 @@ def eval(model: Model, data: Data = "synthetic", rows: Rows = 96, seed: Seed = 0
     from adamoe.flops import count_flops
 
     loaded = _load(model)
+    count_flops(loaded.config, 0.0)  # refuses a dense model before any work
+    if top_p is not None:
+        from adamoe import routers
+
+        routers.use(loaded, routers.top_p, threshold=top_p)
     load: float
     if data == "synthetic":
         from adamoe.testbed import Language, score
@@ -155,7 +176,9 @@ def load_report(
     model: Model,
     text: Annotated[str | None, typer.Option(help="Text to show the loads of.")] = None,
     file: Annotated[Path | None, typer.Option(help="Text file, a line a sequence, instead of --text.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write .html or .csv instead of a table.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "--output", "-o", help="Write .html or .csv instead of a table.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """True experts of every token, by layer."""
@@ -163,12 +186,13 @@ def load_report(
     from tenfold_shared.hub import load_tokenizer, replace_atomically
 
     from adamoe import record_load
+    from adamoe.finetuning import read_lines
 
     if (text is None) == (file is None):
         raise UserError("expected one of --text and --file")
     if out is not None and out.suffix not in (".html", ".csv"):
         raise UserError(f"'{out}' ends with neither .html nor .csv")
-    lines = [text] if text is not None else Path(str(file)).read_text(encoding="utf-8").splitlines()
+    lines = [text] if text is not None else read_lines(str(file))
     lines = [line for line in lines if line and line.strip()]
     if not lines:
         raise UserError("there is no text")
@@ -284,6 +308,7 @@ def bench(
     """Time against load, beside the stock paths."""
     from adamoe.speed import layer_table, training_table
 
+    device = str(pick_device(device))
     if what not in ("layer", "train"):
         raise UserError(f"there is no benchmark '{what}'", hint="take layer or train")
     if what == "train":
@@ -374,4 +399,7 @@ def _tokens(model: str, data: str, rows: int, seed: int) -> tuple[list[list[int]
 
     texts = read_texts(data)[:rows]
     tokenizer = load_tokenizer(model)
-    return [tokenizer(text)["input_ids"] for text in texts], tokenizer.pad_token_id or 0
+    tokens = [ids for text in texts if len(ids := tokenizer(text)["input_ids"]) > 1]
+    if not tokens:
+        raise UserError(f"no text of {data} has two tokens", hint="a next token is needed to predict")
+    return tokens, tokenizer.pad_token_id or 0

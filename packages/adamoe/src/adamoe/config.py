@@ -9,7 +9,7 @@ among the first K exactly when
 The smallest such K has the lowest balanced load, K n / (n + m).
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from adamoe.errors import ConfigError
@@ -34,6 +34,12 @@ CHOICES: dict[str, Any] = {
     "anneal": Anneal,
     "experts_implementation": Experts,
 }
+
+
+FUNCTION = ("num_null_experts", "top_k", "null_type", "weight_normalization")
+"""The settings that decide what a model computes."""
+TRAINING = ("weight_gradient", "balance", "aux_reduction", "aux_coef", "anneal", "anneal_at", "target_load")
+"""Those that decide how it is trained."""
 
 
 def preserving_top_k(num_experts: int, num_null_experts: int, original_top_k: int) -> range | None:
@@ -91,13 +97,11 @@ class AdaMoEConfig:
         for name, kind in CHOICES.items():
             if (value := getattr(self, name)) not in get_args(kind):
                 raise ConfigError(f"{name} is {value!r}, expected one of {', '.join(get_args(kind))}")
-        object.__setattr__(self, "aux_coef", tuple(self.aux_coef))
-        if len(self.aux_coef) != 2 or not all(0 <= c < float("inf") for c in self.aux_coef):
-            raise ConfigError(f"aux_coef is {self.aux_coef}, expected two numbers of 0 or more")
-        if not 0 <= self.anneal_at <= 1:
-            raise ConfigError(f"anneal_at is {self.anneal_at}, expected a share of training between 0 and 1")
-        if self.target_load is not None and not 0 <= self.target_load < float("inf"):
-            raise ConfigError(f"target_load is {self.target_load}, expected 0 or more true experts per token")
+        object.__setattr__(self, "aux_coef", check_aux_coef(self.aux_coef))
+        if not _number(self.anneal_at) or self.anneal_at > 1:
+            raise ConfigError(f"anneal_at is {self.anneal_at!r}, expected a share of training between 0 and 1")
+        if self.target_load is not None and not _number(self.target_load):
+            raise ConfigError(f"target_load is {self.target_load!r}, expected 0 or more true experts per token")
 
     def resolve_top_k(self, num_experts: int, original_top_k: int) -> int:
         """K for a model of `num_experts` true experts. Raises ConfigError when it cannot be had or is out of range."""
@@ -117,17 +121,43 @@ class AdaMoEConfig:
             )
         return self.top_k
 
+    def check_target(self, target: float, num_experts: int, top_k: int) -> None:
+        """Raises ConfigError when no null bias gives `target` true experts per token with K = top_k."""
+        low, high = max(0, top_k - self.num_null_experts), min(top_k, num_experts)
+        if not low <= target <= high:
+            raise ConfigError(
+                f"target_load is {target}, the model can have {low} to {high} true experts per token",
+                hint=f"take {low} to {high}, or convert with another top_k",
+            )
+
+    def trained_as(self, other: "AdaMoEConfig") -> "AdaMoEConfig":
+        """These settings with the other's way of training (`TRAINING`)."""
+        return replace(self, **{name: getattr(other, name) for name in TRAINING})
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON can hold them; `from_dict` is the way back."""
         return {**asdict(self), "aux_coef": list(self.aux_coef)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AdaMoEConfig":
-        """Read settings. Raises ConfigError for a name that is none."""
+        """Read settings. Raises ConfigError for a name that is none, or when `values` is no mapping."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"the adamoe settings are {values!r}, expected names and values")
         known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(str(name) for name in set(values) - known):
             raise ConfigError(f"no setting {', '.join(unknown)}", hint=f"there are {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def check_aux_coef(value: Any) -> tuple[float, float]:
+    """The two coefficients of eq. 6. Raises ConfigError when `value` is not two finite numbers of 0 or more."""
+    if not isinstance(value, tuple | list) or len(value) != 2 or not all(_number(c) for c in value):
+        raise ConfigError(f"aux_coef is {value!r}, expected two numbers of 0 or more")
+    return value[0], value[1]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 def _whole(value: Any) -> bool:

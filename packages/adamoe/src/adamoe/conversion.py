@@ -11,7 +11,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from adamoe.config import AdaMoEConfig, preserving_top_k
 from adamoe.errors import ConversionError
 from adamoe.families import FAMILIES, Family, family_of
 from adamoe.loss import aux_coefficient, load_balancing_loss
-from adamoe.routing import Routing, route
+from adamoe.routing import Routing, route, selection_scores
 
 logger = logging.getLogger("adamoe")
 PARAMETERS = ("null_weight", "null_gate_bias", "null_correction", "null_bias")
@@ -53,6 +53,14 @@ class NullRouting(nn.Module):
             self.null_gate_bias = nn.Parameter(weight.new_zeros(m), requires_grad=weight.requires_grad)
         if family.correction is not None:
             self.register_buffer("null_correction", torch.zeros(m, dtype=torch.float32, device=weight.device))
+
+    def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Float32 whatever the model is cast to: the load controller's steps are below bfloat16's resolution.
+        before = self.null_bias
+        super()._apply(fn, recurse)
+        if self.null_bias.dtype != torch.float32:
+            self.null_bias = before.to(self.null_bias.device) if not before.is_meta else self.null_bias.float()
+        return self
 
     @torch.no_grad()
     def adamoe_initialise(self: Any) -> None:
@@ -89,14 +97,22 @@ class NullRouting(nn.Module):
         rows, null_rows = self.weight, self.null_weight
         if family.float32:
             hidden, rows, null_rows = hidden.float(), rows.float(), null_rows.float()
-        true = linear(hidden, rows, bias)
         # Computed block by block of n rows, as the true ones are: only then do copies tie with them to the last bit.
         n = self.num_experts
-        blocks = [
-            linear(hidden, null_rows[i : i + n], None if bias is None else self.null_gate_bias[i : i + n])
-            for i in range(0, null_rows.shape[0], n)
-        ]
+        with torch.autocast(hidden.device.type, enabled=False) if not family.autocast else nullcontext():
+            true = linear(hidden, rows, bias)
+            blocks = [
+                linear(hidden, null_rows[i : i + n], None if bias is None else self.null_gate_bias[i : i + n])
+                for i in range(0, null_rows.shape[0], n)
+            ]
         return torch.cat([true, *blocks], -1)
+
+    def adamoe_scores(self: Any, logits: Tensor) -> Tensor:
+        """What the top-K is taken of, without the null bias, (T, n + m)."""
+        return selection_scores(
+            logits, self.num_experts, score=self.adamoe_family.score, groups=self.adamoe_groups(),
+            correction=self.adamoe_full_correction(),
+        )  # fmt: skip
 
     def adamoe_route(self: Any, logits: Tensor) -> Routing:
         """Selection and weights for logits (T, n + m)."""
@@ -110,11 +126,10 @@ class NullRouting(nn.Module):
                 "selected_all" if normalise else "none"
             )  # fmt: skip
         return route(
-            logits, self.num_experts, self.adamoe_top_k, score=family.score, normalization=normalization,
-            weight_gradient=config.weight_gradient, null_bias=self.null_bias, correction=self.adamoe_full_correction(),
-            groups=self.adamoe_groups(),
-            identity=config.null_type == "identity", scaling=getattr(self, family.scaling) if family.scaling else 1.0,
-            floor=getattr(self, "norm_min", None), jitter=getattr(self, "router_jitter_noise", 0.0),
+            logits, self.num_experts, self.adamoe_top_k, original_top_k=self.top_k, score=family.score,
+            normalization=normalization, weight_gradient=config.weight_gradient, null_bias=self.null_bias,
+            correction=self.adamoe_full_correction(), groups=self.adamoe_groups(), identity=config.null_type == "identity",
+            scaling=getattr(self, family.scaling) if family.scaling else 1.0, floor=getattr(self, "norm_min", None), jitter=getattr(self, "router_jitter_noise", 0.0),
         )  # fmt: skip
 
     def adamoe_groups(self: Any) -> tuple[int, int] | None:
@@ -153,6 +168,14 @@ def null_router_class(stock: type) -> type:
     return _SUBCLASSES[stock]
 
 
+def __getattr__(name: str) -> Any:
+    """The routers' classes by name, as pickle looks for them."""
+    for family in FAMILIES.values():
+        if name == f"AdaMoE{family.router}":
+            return null_router_class(family.router_class())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 class NullBalance:
     """The hooks of a converted model: they add alpha times eq. 6 to its loss and count the load.
 
@@ -179,13 +202,20 @@ class NullBalance:
         self.load, self.tokens = None, 0.0
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Pre-hook: have the routers record, and keep the stock loss, which knows no nulls, from running."""
+        """Pre-hook: have the routers record, and keep the stock loss, which knows no nulls, from running.
+
+        Raises ConversionError under torch.nn.DataParallel, whose replicas share one record.
+        """
+        if getattr(model, "_is_replica", False):
+            raise ConversionError(
+                "the balance loss does not work in torch.nn.DataParallel", hint="start the run with accelerate launch"
+            )
         given = _by_name(model, args, kwargs)
         wanted = given.get("output_router_logits")
         self.wants_logits = bool(getattr(model.config, "output_router_logits", False) if wanted is None else wanted)
         if self.wants_logits or given.get("labels") is not None:
             for router in layer_routers(model):
-                router.adamoe_watchers.append(self.see)
+                router.adamoe_watchers.append(self)
         if "output_router_logits" in inspect.signature(model.forward).parameters:
             kwargs["output_router_logits"] = False
         return args, kwargs
@@ -194,8 +224,8 @@ class NullBalance:
         """Post-hook: take the records, and add the loss in training."""
         # Ended before the backward pass, whose recomputation under gradient checkpointing must not be seen again.
         for router in layer_routers(model):
-            if self.see in router.adamoe_watchers:
-                router.adamoe_watchers.remove(self.see)
+            if self in router.adamoe_watchers:
+                router.adamoe_watchers.remove(self)
         routers, routings = [r for r, _ in self.seen], [routing for _, routing in self.seen]
         self.seen = []
         if output is None or not routings:
@@ -204,6 +234,8 @@ class NullBalance:
         mask, labels = given.get("attention_mask"), given.get("labels")
         mask = mask if mask is not None and mask.dim() == 2 and mask.numel() == routings[0].index.shape[0] else None
         trained = model.training and labels is not None
+        if trained and self.coefficient and torch.is_grad_enabled():
+            _check_gradient(routers, routings)
         if trained and self.counting:
             self._count(routers, routings, mask)
         if trained or self.wants_logits:
@@ -223,7 +255,7 @@ class NullBalance:
                 output["router_logits"] = tuple(r.logits for r in routings)
         return output
 
-    def see(self, router: Any, routing: Routing) -> None:
+    def __call__(self, router: Any, routing: Routing) -> None:
         """Watcher of the routers."""
         self.seen.append((router, routing))
 
@@ -242,6 +274,16 @@ def _by_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     return {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
 
 
+def _check_gradient(routers: list[Any], routings: list[Routing]) -> None:
+    """Raises ConversionError when routers that are trained gave logits without a gradient."""
+    for router, routing in zip(routers, routings, strict=True):
+        if router.null_weight.requires_grad and not routing.logits.requires_grad:
+            raise ConversionError(
+                "reentrant gradient checkpointing gives the balance loss no gradient",
+                hint="pass gradient_checkpointing_kwargs={'use_reentrant': False}",
+            )
+
+
 def _share(kwargs: dict[str, Any]) -> Tensor | float:
     """This micro-batch's part of the step, where the trainer divides by the step's token count and not by the batches."""
     items = kwargs.get("num_items_in_batch")
@@ -257,6 +299,16 @@ def layer_routers(model: nn.Module) -> Iterator[Any]:
         # Not hasattr: PEFT's wrappers answer for the module inside them.
         if "adamoe_watchers" in vars(module):
             yield module
+
+
+def routers_by_layer(model: nn.Module) -> list[list[Any]]:
+    """The same, one list a layer: the router, or PEFT's frozen original and the copies of it."""
+    found: dict[str, list[Any]] = {}
+    for name, module in model.named_modules():
+        if "adamoe_watchers" in vars(module):
+            place = name.partition(".original_module")[0].partition(".modules_to_save.")[0]
+            found.setdefault(place, []).append(module)
+    return list(found.values())
 
 
 @contextmanager
@@ -294,6 +346,8 @@ def convert(model: Any, config: AdaMoEConfig | None = None, *, top_k: int | None
         raise ConversionError(
             f"{type(base).__name__} is not a model of transformers", hint="convert the model before it is wrapped"
         )
+    if hasattr(base, "molora"):
+        raise ConversionError("the model has mixtures of LoRA, which have nulls of their own")
     if is_converted(base):
         raise ConversionError("the model already has null experts", hint="call revert first")
     if getattr(base, "hf_quantizer", None) is not None or getattr(base.config, "quantization_config", None):
@@ -313,6 +367,8 @@ def convert(model: Any, config: AdaMoEConfig | None = None, *, top_k: int | None
         )
     n, k0 = routers[0].num_experts, routers[0].top_k
     K = config.resolve_top_k(n, k0)
+    if config.target_load is not None:
+        config.check_target(config.target_load, n, K)
     kept = preserving_top_k(n, config.num_null_experts, k0)
     if config.null_init == "copy" and (kept is None or K not in kept):
         where = (
@@ -364,7 +420,10 @@ def revert(model: Any) -> Any:
     routers = list(layer_routers(base))
     if not routers:
         raise ConversionError("the model has no null experts to take away")
+    if hasattr(base, "molora"):
+        raise ConversionError("mixtures of LoRA are not taken away", hint="load the dense model anew")
     for router in routers:
+        drop_extra(router)
         for name in PARAMETERS:
             if hasattr(router, name):
                 delattr(router, name)
@@ -381,6 +440,13 @@ def revert(model: Any) -> Any:
     _set_experts(base, base.adamoe_before)
     del base.adamoe, base.adamoe_handles, base.adamoe_before, base.config.adamoe
     return model
+
+
+def drop_extra(router: Any) -> None:
+    """Take away what `adamoe.routers.moepp` gave a router and its experts."""
+    if hasattr(router, "adamoe_constants"):
+        router.adamoe_constants.remove()
+        del router.adamoe_constants, router.constant, router.constant_gate
 
 
 def base_of(model: Any) -> Any:

@@ -31,6 +31,8 @@ class Family:
     """Path, from the router, of the bias added to the scores for selection only."""
     float32: bool = False
     """Whether logits are computed in float32."""
+    autocast: bool = True
+    """Whether autocast reaches the logits."""
     eager: bool = True
     """Whether the family's own eager expert path knows an empty slot."""
     modelling: str | None = None
@@ -58,8 +60,9 @@ def register(family: Family) -> None:
 def family_of(model_type: str) -> Family:
     """The family of a model type. Raises UnknownFamilyError, which lists the known ones."""
     if model_type not in FAMILIES:
+        own = sorted(name for name, family in FAMILIES.items() if family.modelling is None)
         raise UnknownFamilyError(
-            f"no family is registered for model type '{model_type}'; there are {', '.join(sorted(FAMILIES))}",
+            f"no family is registered for model type '{model_type}'; there are {', '.join(own)}",
             hint="add one with adamoe.families.register, or use adamoe.molora for a dense model",
         )
     return FAMILIES[model_type]
@@ -85,7 +88,8 @@ for _family in (
     Family("granitemoe", "GraniteMoeTopKRouter", attribute="router"),
     Family("gpt_oss", "GptOssTopKRouter", attribute="router", eager=False),
     Family(
-        "ernie4_5_moe", "Ernie4_5_MoeTopKRouter", correction="moe_statics.e_score_correction_bias", float32=True
+        "ernie4_5_moe", "Ernie4_5_MoeTopKRouter", correction="moe_statics.e_score_correction_bias", float32=True,
+        autocast=False,
     ),
     Family("jamba", "JambaTopKRouter", attribute="router", normalise=False),
 ):  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adamoe.checkpoints import copy_tokenizer, from_pretrained
 from adamoe.config import AdaMoEConfig
-from adamoe.conversion import base_of, convert, is_converted, revert
+from adamoe.conversion import base_of, convert, is_converted, layer_routers, revert, settings_of
 from adamoe.errors import ConfigError
 from adamoe.training import AnnealCallback, TargetLoadCallback
 
@@ -49,11 +49,18 @@ class Recipe:
             raise ConfigError(f"lr is {self.lr}, expected a number above 0")
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file. Raises UserError when it is not UTF-8; the OSError of a file that cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file in UTF-8 ({error.reason})", hint="convert it first") from error
+
+
 def read_texts(path: str | Path) -> list[str]:
     """The `text` of every line of a JSONL file. Raises UserError, which names the line, for anything else."""
-    path = Path(path)
     texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -128,7 +135,7 @@ def fine_tune(
 ) -> tuple[Any, list[float]]:  # fmt: skip
     """Fine-tune the model in `source` with Trainer; returns it (LoRA merged back by the caller, if ever) and the losses.
 
-    rows: mappings with input_ids. Checkpoints go to output/checkpoints, the model to output/model. resume: go on from the
+    rows: mappings with input_ids. config: of a converted model only the way of training counts. Checkpoints go to output/checkpoints, the model to output/model. resume: go on from the
     last checkpoint, with the weights an uninterrupted run would have; the recipe must be the same.
 
     Launched by `accelerate launch` or torchrun, it runs on all processes. Raises UserError when there is nothing to resume.
@@ -142,10 +149,12 @@ def fine_tune(
     last = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
     if resume and last is None:
         raise UserError(f"'{output}' holds no checkpoint to resume from", hint="run without --resume")
-    model = load_for_training(last if last and not recipe.lora else source, config, recipe)
+    model = load_for_training(last if last and not recipe.lora else source, config)
     model = prepare(model, recipe, config)
     callbacks: list[Any] = [AnnealCallback()]
-    if base_of(model).adamoe.config.target_load is not None:
+    settings, router = base_of(model).adamoe.config, next(layer_routers(model))
+    if settings.target_load is not None:
+        settings.check_target(settings.target_load, router.num_experts, router.adamoe_top_k)
         callbacks.append(TargetLoadCallback())
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size,
@@ -154,6 +163,8 @@ def fine_tune(
         weight_decay=0.0, max_grad_norm=1.0, use_cpu=device == "cpu", ddp_find_unused_parameters=False,
         disable_tqdm=False, remove_unused_columns=False,
     )  # fmt: skip
+    # Trainer would wrap the model in DataParallel where it sees several GPUs; for those there is `accelerate launch`.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -170,14 +181,15 @@ def fine_tune(
     return model, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def load_for_training(name: str | Path, config: AdaMoEConfig, recipe: Recipe) -> Any:
-    """A converted or stock model.
+def load_for_training(name: str | Path, config: AdaMoEConfig) -> Any:
+    """A converted model, which is to be trained as `config` says, or a stock one.
 
     A checkpoint is opened with `from_pretrained`: Trainer's own loading takes the on-disk names of the experts for names of
     the model and leaves the fused experts as they were.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if (getattr(hub.load_model(AutoConfig, name, use_safetensors=None), "adamoe", None)) is not None:
-        return from_pretrained(name)
+    saved = settings_of(hub.load_model(AutoConfig, name, use_safetensors=None))
+    if saved is not None:
+        return from_pretrained(name, adamoe_config=saved.trained_as(config))
     return hub.load_model(AutoModelForCausalLM, name)

@@ -3,7 +3,8 @@
     L (attention projections + 2 s d + load 3 d I + d (n + m)) + V d
 
 with s the sequence length (scores and values, without halving for the causal mask). With s = 128 it gives the FLOPs
-reductions of the paper's Table 1 (2406.13233) to the printed digit.
+reductions of the paper's Table 1 (2406.13233) to the printed digit. All L layers count as plain attention and experts: a
+model with dense or state-space layers among them, or with latent attention, is counted as it is by `measure_flops` only.
 """
 
 from collections.abc import Mapping

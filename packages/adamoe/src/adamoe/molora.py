@@ -19,11 +19,11 @@ from tenfold_shared import hub
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from adamoe.config import AdaMoEConfig
-from adamoe.conversion import NullBalance
+from adamoe.config import AdaMoEConfig, check_aux_coef
+from adamoe.conversion import NullBalance, is_converted
 from adamoe.errors import CheckpointError, ConfigError, ConversionError
 from adamoe.families import Family
-from adamoe.routing import Routing, route
+from adamoe.routing import Routing, route, selection_scores
 
 FAMILY = Family("molora", "MoLoRALinear")
 
@@ -50,15 +50,21 @@ class MoLoRAConfig:
     """Coefficient of eq. 6, before and after annealing."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "aux_coef", tuple(self.aux_coef))
-        if self.num_experts < 1 or self.num_null_experts < 0 or self.r < 1:
-            raise ConfigError(
-                f"num_experts {self.num_experts}, num_null_experts {self.num_null_experts}, r {self.r}: expected at least 1, 0, 1"
-            )
-        if not 1 <= self.top_k <= self.num_experts + self.num_null_experts:
+        object.__setattr__(self, "aux_coef", check_aux_coef(self.aux_coef))
+        for name, least in (("num_experts", 1), ("num_null_experts", 0), ("top_k", 1), ("r", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} is {value!r}, expected a whole number of {least} or more")
+        if not isinstance(self.lora_alpha, int | float) or not 0 < self.lora_alpha < float("inf"):
+            raise ConfigError(f"lora_alpha is {self.lora_alpha!r}, expected a number above 0")
+        if self.top_k > self.num_experts + self.num_null_experts:
             raise ConfigError(
                 f"top_k is {self.top_k} with {self.num_experts} adapters and {self.num_null_experts} nulls",
                 hint=f"take 1 to {self.num_experts + self.num_null_experts}",
+            )
+        if isinstance(self.target_modules, str):
+            raise ConfigError(
+                f"target_modules is {self.target_modules!r}, expected a list", hint="write it in brackets"
             )
         if not self.target_modules:
             raise ConfigError("target_modules is empty", hint="name the linear layers, as q_proj")
@@ -86,6 +92,10 @@ class MoLoRALinear(nn.Module):
             if len(rows):
                 nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
 
+    def adamoe_scores(self, logits: Tensor) -> Tensor:
+        """What the top-K is taken of, without the null bias, (T, n + m)."""
+        return selection_scores(logits, self.num_experts)
+
     def route(self, hidden: Tensor) -> Routing:
         """hidden: (T, d)."""
         logits = linear(hidden, torch.cat((self.weight, self.null_weight)))
@@ -105,29 +115,18 @@ class MoLoRALinear(nn.Module):
             # An adapter without a token still runs on zero rows, so that it has a gradient for DistributedDataParallel.
             added = self.scale * linear(linear(rows[place // K], down), up) * weights[place]
             output = output.index_add(0, place // K, added)
-        return output.view(*hidden.shape[:-1], -1)
+        return output.view(*hidden.shape[:-1], output.shape[-1])
 
 
 def inject(model: Any, config: MoLoRAConfig) -> Any:
     """Put mixtures beside the named linear layers of a dense model, in place, and freeze everything else; returns it.
 
-    Raises ConversionError when no layer bears one of the names, or the model has mixtures already.
+    Raises ConversionError when no layer bears one of the names, or the model has mixtures or null experts already.
     """
-    if any(isinstance(m, MoLoRALinear) for m in model.modules()):
-        raise ConversionError("the model already has mixtures of LoRA")
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if name in config.target_modules and isinstance(child, nn.Linear)
-    ]
-    if not found:
-        raise ConversionError(
-            f"no linear layer is called {', '.join(config.target_modules)}", hint="name some of the model's own"
-        )
+    found = _targets(model, config)
     model.requires_grad_(False)
-    for parent, name, child in found:
-        setattr(parent, name, MoLoRALinear(child, config))
+    for name, child in found.items():
+        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], MoLoRALinear(child, config))
     model.molora = config
     model.adamoe = NullBalance(
         AdaMoEConfig(num_null_experts=config.num_null_experts, top_k=config.top_k, aux_coef=config.aux_coef)
@@ -137,6 +136,24 @@ def inject(model: Any, config: MoLoRAConfig) -> Any:
         model.register_forward_hook(model.adamoe.after, with_kwargs=True, always_call=True),
     )
     return model
+
+
+def _targets(model: Any, config: MoLoRAConfig) -> dict[str, nn.Linear]:
+    """The linear layers that get a mixture, by name."""
+    if is_converted(model):
+        raise ConversionError(
+            "the model already has null experts or mixtures of LoRA", hint="load the dense model anew"
+        )
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in config.target_modules and isinstance(module, nn.Linear)
+    }
+    if not found:
+        raise ConversionError(
+            f"no linear layer is called {', '.join(config.target_modules)}", hint="name some of the model's own"
+        )
+    return found
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
@@ -177,10 +194,21 @@ def load_adapter(model: Any, folder: str | Path) -> Any:
         raise
     except Exception as error:  # safetensors' own class among them
         raise CheckpointError(f"'{folder}' is damaged ({error})", hint="save the adapter again") from error
+    with torch.device("meta"):
+        expected = {
+            f"{name}.{key}": tensor.shape
+            for name, layer in _targets(model, config).items()
+            for key, tensor in MoLoRALinear(nn.Linear(layer.in_features, layer.out_features), config)
+            .state_dict()
+            .items()
+            if not key.startswith("base.")
+        }
+    if wrong := sorted(
+        k for k in expected.keys() | tensors.keys() if getattr(tensors.get(k), "shape", None) != expected.get(k)
+    ):
+        raise CheckpointError(f"'{folder}' is of another model ({wrong[0]})")
+    if bad := sorted(k for k, t in tensors.items() if not k.endswith("null_bias") and not t.isfinite().all()):
+        raise CheckpointError(f"'{folder}' holds numbers that are not finite ({bad[0]})", hint="save the adapter again")
     inject(model, config)
-    expected = adapter_state(model)
-    wrong = [k for k in expected if k not in tensors or tensors[k].shape != expected[k].shape]
-    if wrong or len(tensors) != len(expected):
-        raise CheckpointError(f"'{folder}' is of another model ({(wrong or sorted(set(tensors) - set(expected)))[0]})")
     model.load_state_dict(tensors, strict=False)
     return model

@@ -35,9 +35,19 @@ class LoadRecord:
             return flat.view(len(flat), *self.tokens.shape)
         return flat
 
+    def _check(self, given: Tensor | None, name: str) -> None:
+        """Raises ConversionError when `given` is of other tokens than were recorded."""
+        recorded = self.per_token[0].numel()
+        if given is not None and given.numel() != recorded:
+            raise ConversionError(
+                f"{name} has {given.numel()} places, {recorded} tokens were recorded",
+                hint="make one pass inside record_load, of the tokens it was given",
+            )
+
     def _kept(self) -> Tensor:
         loads = self.per_token.flatten(1)
-        if self.mask is not None and self.mask.numel() == loads.shape[1]:
+        self._check(self.mask, "attention_mask")
+        if self.mask is not None:
             loads = loads[:, self.mask.reshape(-1).bool()]
         return loads
 
@@ -59,6 +69,7 @@ class LoadRecord:
         """Token id to (mean load over layers and occurrences, occurrences). Needs `token_ids`."""
         if self.tokens is None:
             raise ConversionError("the record knows no tokens", hint="pass token_ids to record_load")
+        self._check(self.tokens, "token_ids")
         loads, ids = self._kept().float().mean(0), self.tokens.reshape(-1)
         if self.mask is not None:
             ids = ids[self.mask.reshape(-1).bool()]
@@ -74,6 +85,7 @@ class LoadRecord:
             import pandas
         except ImportError as error:
             raise ConversionError("to_dataframe needs pandas", hint="pip install adamoe[pandas]") from error
+        self._check(self.tokens, "token_ids")
         loads = self.per_token
         loads = loads if loads.dim() == 3 else loads.unsqueeze(1)
         layer, row, position = torch.meshgrid(*(torch.arange(n) for n in loads.shape), indexing="ij")

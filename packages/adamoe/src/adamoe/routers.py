@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adamoe.conversion import layer_routers
+from adamoe.conversion import base_of, drop_extra, layer_routers
 from adamoe.errors import ConfigError, ConversionError
-from adamoe.routing import Routing, route
+from adamoe.routing import Routing, route, selection_scores
 
 
 def topk(logits: Tensor, num_experts: int, top_k: int) -> Routing:
@@ -94,7 +94,7 @@ def moepp(logits: Tensor, num_experts: int, top_k: int, *, copies: int = 1, cons
 def aux_free(logits: Tensor, num_experts: int, top_k: int, *, bias: Tensor) -> Routing:
     """Balance without a loss (2408.15664): `bias` (n + m,) is added for selection only; see `BiasBalancer`."""
     n = num_experts
-    selected = (logits.float() + bias).topk(top_k, -1)[1]
+    selected = selection_scores(logits.float() + bias, n).topk(top_k, -1)[1]
     kept = selected < n
     weights = logits[:, :n].float().softmax(-1).gather(-1, selected.clamp_max(n - 1)) * kept
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
@@ -107,16 +107,17 @@ def use(model: Any, router: Callable[..., Routing] | None, **options: Any) -> An
     `moepp` gets its constant experts' parameters here. Raises ConversionError for a model without null routers.
     """
     routers = list(layer_routers(model))
-    if not routers:
+    if not routers or hasattr(base_of(model), "molora"):
         raise ConversionError("the model has no null routers", hint="call convert first; num_null_experts=0 is enough")
     blocks = {id(child): block for block in model.modules() for child in block.children()}
     for layer in routers:
         layer.adamoe_router = partial(router, **options) if router is not None else None
+        drop_extra(layer)
         if router is moepp:
             d = layer.weight.shape[1]
             layer.constant = nn.Parameter(layer.weight.new_zeros(d))
             layer.constant_gate = nn.Parameter(layer.weight.new_zeros(2, d))
-            blocks[id(layer)].experts.register_forward_hook(partial(_add_constants, layer))
+            layer.adamoe_constants = blocks[id(layer)].experts.register_forward_hook(partial(_add_constants, layer))
     return model
 
 

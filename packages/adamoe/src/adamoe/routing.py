@@ -75,7 +75,7 @@ def route(
     logits: Tensor, num_experts: int, top_k: int, *, score: Score = "softmax", normalization: Normalization = "selected_true",
     weight_gradient: WeightGradient = "true_only", null_bias: Tensor | float = 0.0, correction: Tensor | None = None,
     groups: tuple[int, int] | None = None, identity: bool = False, scaling: float = 1.0, floor: float | None = None,
-    jitter: float = 0.0,
+    jitter: float = 0.0, original_top_k: int | None = None,
 ) -> Routing:  # fmt: skip
     """Route T tokens.
 
@@ -83,7 +83,8 @@ def route(
     normalization: "selected_true" divides by the sum over the chosen true experts, "all_true" is the softmax over the n
     true experts, "selected_all" divides by the sum over all K chosen, "none" is the softmax over all n + m.
     identity: null slots keep their weight (for nulls that return the token). scaling: multiplies the weights.
-    floor: smallest divisor. jitter: the threshold of "sparsemixer".
+    floor: smallest divisor. jitter: the threshold of "sparsemixer". original_top_k: k0 of the stock router, whose choice
+    among true experts of equal score is then ours too: in bfloat16 such ties are common.
     For null_bias, correction and groups see `selection_scores`.
 
     Raises ConfigError when K is below 1 or above n + m.
@@ -93,8 +94,13 @@ def route(
         raise ConfigError(f"top_k is {top_k} with {n} true and {total - n} null experts", hint=f"take 1 to {total}")
     with torch.no_grad():
         scores = selection_scores(logits, n, score=score, null_bias=null_bias, correction=correction, groups=groups)
-        selected = scores.topk(top_k, -1)[1]
-    is_true = selected < n
+        if original_top_k is not None and original_top_k < n:
+            # The order of ties in topk is unspecified but fixed for one input; a float above moves none past a better one.
+            stock = scores[:, :n].topk(original_top_k, -1)[1]
+            scores.scatter_(-1, stock, torch.nextafter(scores.gather(-1, stock), scores.new_tensor(torch.inf)))
+        best, selected = scores.topk(top_k, -1)
+    # An expert outside the chosen groups is none, also where K is more than they hold.
+    is_true = (selected < n) & (best > -torch.inf)
     index = torch.where(is_true, selected, n)
     over_all = normalization in ("selected_all", "none") or identity
     if score == "sparsemixer":

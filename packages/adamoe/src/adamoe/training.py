@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from adamoe.conversion import base_of, layer_routers
+from adamoe.conversion import base_of, layer_routers, routers_by_layer
 from adamoe.errors import ConfigError
 
 
@@ -29,11 +29,8 @@ class LoadController:
         wanted = self.balance.config.target_load if target is None else target
         if wanted is None:
             raise ConfigError("the load controller has no target", hint="set target_load in the settings")
-        routers = list(layer_routers(model))
-        top = min(self.balance.config.top_k, routers[0].num_experts)
-        if not 0 <= wanted <= top:
-            raise ConfigError(f"target_load is {wanted}, out of reach with top_k {self.balance.config.top_k}",
-                              hint=f"take 0 to {top}")  # fmt: skip
+        first = next(layer_routers(model))
+        self.balance.config.check_target(wanted, first.num_experts, first.adamoe_top_k)
         self.target = wanted
         self.balance.counting = True
 
@@ -44,20 +41,14 @@ class LoadController:
             return []
         totals = torch.cat((self.balance.load, torch.as_tensor(self.balance.tokens).to(self.balance.load).reshape(1)))
         self.balance.reset()
-        routers = [r for r in layer_routers(self.model) if r.null_weight.shape[0]]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            totals = totals.to(routers[0].null_bias.device)
+            totals = totals.to(next(layer_routers(self.model)).null_bias.device)
             torch.distributed.all_reduce(totals)
         loads = (totals[:-1] / totals[-1].clamp_min(1)).tolist()
-        for router, load in zip(_active(routers, len(loads)), loads, strict=True):
-            router.null_bias.add_(self.rate * (load - self.target)).clamp_(-self.bound, self.bound)
+        for layer, load in zip(routers_by_layer(self.model), loads, strict=True):
+            for router in layer:
+                router.null_bias.add_(self.rate * (load - self.target)).clamp_(-self.bound, self.bound)
         return loads
-
-
-def _active(routers: list[Any], layers: int) -> list[Any]:
-    """PEFT keeps the frozen original beside the copy it trains; the copy is the later one."""
-    per_layer = len(routers) // layers
-    return routers[per_layer - 1 :: per_layer]
 
 
 class AnnealCallback(TrainerCallback):

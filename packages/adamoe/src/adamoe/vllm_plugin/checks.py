@@ -30,6 +30,8 @@ class Settings:
     def read(cls, values: dict[str, Any] | None) -> "Settings":
         """Raises PluginError for an unknown name or value."""
         values = values or {}
+        if not isinstance(values, dict):
+            raise PluginError(f"adamoe is {values!r}", hint="expected names and values, as nulls, null_bias, count")
         names = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - names):
             raise PluginError(
@@ -38,8 +40,11 @@ class Settings:
         settings = cls(**values)
         if settings.nulls not in MODES:
             raise PluginError(f"adamoe nulls is '{settings.nulls}'", hint=f"take one of {', '.join(MODES)}")
-        if settings.null_bias != settings.null_bias:
-            raise PluginError("adamoe null_bias is not a number")
+        bias = settings.null_bias
+        if not isinstance(bias, int | float) or isinstance(bias, bool) or bias != bias:
+            raise PluginError(f"adamoe null_bias is {bias!r}", hint="expected a number")
+        if not isinstance(settings.count, bool):
+            raise PluginError(f"adamoe count is {settings.count!r}", hint="expected true or false")
         return settings
 
 
