@@ -523,7 +523,7 @@ def moved(pair: tuple[np.ndarray, np.ndarray], rng: np.random.Generator) -> tupl
     return out
 
 
-def real_pairs(seed: int, *, copies: int = 60, augment: bool = True) -> tuple[TensorPairs, TensorPairs, np.ndarray]:
+def real_pairs(seed: int, *, copies: int = 120, augment: bool = True) -> tuple[TensorPairs, TensorPairs, np.ndarray]:
     """Pairs of 70 faces for training and of the other 30 for the test, and the 70 faces (70, 25, 25)."""
     from skimage.data import lfw_subset
 
@@ -541,8 +541,8 @@ def real_pairs(seed: int, *, copies: int = 60, augment: bool = True) -> tuple[Te
     return pairs(order[:70], copies, augment), test, faces[order[:70]]
 
 
-REAL_TRAINING = {"lr": 1e-3, "epochs": 99, "max_steps": 450, "batch_size": 32, "fix_rate": 0.0, "validation": 0.15,
-                 "evaluate_every": 75, "flip": True, "noise": 0.1, "dropout": False, "warmup": 10, "l2_reward": 1e-3}  # fmt: skip
+REAL_TRAINING = {"lr": 1e-3, "epochs": 99, "max_steps": 1200, "batch_size": 32, "fix_rate": 0.0, "validation": 0.15,
+                 "evaluate_every": 200, "flip": True, "noise": 0.05, "dropout": False, "warmup": 10, "l2_reward": 1e-3}  # fmt: skip
 
 
 def real_reward(seed: int) -> RewardModel:
@@ -812,7 +812,7 @@ REAL_VARIANTS = {
     "as in the table": {},
     "pairs as they are": {"augment": False},
     "strong noise": {"noise": 0.8},
-    "1200 updates, twice the pairs": {"max_steps": 1200, "evaluate_every": 200, "noise": 0.05, "copies": 120},
+    "450 updates, half of the pairs": {"max_steps": 450, "evaluate_every": 75, "noise": 0.1, "copies": 60},
     "start from the reward of drawn faces": {"start": True},
 }
 
@@ -854,7 +854,7 @@ def try_plain(seed: int, *, pairs: int = 1024, grain: float = 0.0, **changes: fl
 
 
 def try_real(
-    seed: int, *, augment: bool = True, copies: int = 60, start: bool = False, member: int = 0, **changes: float
+    seed: int, *, augment: bool = True, copies: int = 120, start: bool = False, member: int = 0, **changes: float
 ) -> tuple[float, RewardModel]:
     train, test, _ = real_pairs(seed, copies=copies, augment=augment)
     reward = real_reward(seed + 1000 * member)
