@@ -21,7 +21,7 @@ from tenfold_shared.hub import replace_atomically
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- claims:start -->", "<!-- claims:end -->"
 REAL_MODELS = "On real models"
-VERDICT = {True: "passed", False: "**failed**", None: "not run here"}
+VERDICTS = ("passed", "failed", "reported", "not run here")
 
 
 @dataclass
@@ -41,11 +41,11 @@ class Results:
     def stale(self, claim: Claim) -> bool:
         """What the claim depends on has changed since it was measured."""
         measured = (claim.environment.get("source"), claim.environment.get("cli", self.cli))
-        return claim.passed is not None and measured != (self.source, self.cli)
+        return claim.verdict != "not run here" and measured != (self.source, self.cli)
 
     def tally(self) -> dict[str, int]:
-        verdicts = [claim.passed for claim in self.claims]
-        return {"passed": verdicts.count(True), "failed": verdicts.count(False), "not run here": verdicts.count(None)}
+        found = [claim.verdict for claim in self.claims]
+        return {verdict: found.count(verdict) for verdict in VERDICTS}
 
 
 def collect(root: Path = ROOT) -> list[Results]:
@@ -91,7 +91,7 @@ def peers(claim: Claim, most: int | None = None) -> str:
 
 def verdict(results: Results, claim: Claim) -> str:
     stale = f" (stale: `make bench-{results.name}`)" if results.stale(claim) else ""
-    return VERDICT[claim.passed] + stale
+    return (f"**{claim.verdict}**" if claim.verdict == "failed" else claim.verdict) + stale
 
 
 def markdown(rows: list[list[str]], columns: list[str]) -> str:
@@ -126,7 +126,7 @@ def workspace_table(all_results: list[Results]) -> str:
     ]
     return "\n\n".join(
         [
-            markdown(tally, ["package", "claims passed", "failed", "not run here", "command"]),
+            markdown(tally, ["package", "claims passed", *VERDICTS[1:], "command"]),
             "The headline claims, and every claim that failed:",
             markdown(shown, ["package", "claim", "metric", "ours", "peers, same run", "bar", "result"]),
         ]
@@ -181,7 +181,7 @@ def page(all_results: list[Results], root: Path = ROOT) -> str:
     )
     parts.append("<nav>" + " ".join(f'<a href="#{r.name}">{esc(r.name)}</a>' for r in all_results) + "</nav>")
     tally = [[r.name, *(str(n) for n in r.tally().values())] for r in all_results]
-    head = "".join(f"<th>{h}</th>" for h in ("package", "passed", "failed", "not run here"))
+    head = "".join(f"<th>{h}</th>" for h in ("package", *VERDICTS))
     body = "".join("<tr>" + "".join(f'<td class="n">{esc(x)}</td>' for x in row) + "</tr>" for row in tally)
     parts.append(f"<table><tr>{head}</tr>{body}</table>")
     for r in all_results:
@@ -197,8 +197,7 @@ def page(all_results: list[Results], root: Path = ROOT) -> str:
         )
         parts.append("</tr>")
         for c in r.claims:
-            kind = {True: "passed", False: "failed", None: "none"}[c.passed]
-            word = VERDICT[c.passed].strip("*")
+            kind = c.verdict if c.passed is not None else "none"
             stale = f"<br><span class=stale>stale: <code>make bench-{r.name}</code></span>" if r.stale(c) else ""
             note = f"<br><span class=note>{esc(c.note)}</span>" if c.note else ""
             others = "".join(f"<li>{esc(k)} <b>{cell(v)}</b></li>" for k, v in c.peers.items())
@@ -206,7 +205,7 @@ def page(all_results: list[Results], root: Path = ROOT) -> str:
             parts.append(
                 f"<tr><td>{esc(c.statement)}{note}</td><td>{esc(c.metric)}</td><td class=n>{esc(interval(c))}</td>"
                 f"<td>{others}</td><td>{esc(c.bar)}</td><td class=n>{esc(', '.join(map(str, c.seeds)))}</td>"
-                f'<td class="n {kind}">{word}{stale}</td></tr>'
+                f'<td class="n {kind}">{c.verdict}{stale}</td></tr>'
             )
         parts.append("</table></div>")
         for figure in dict.fromkeys(f for c in r.claims for f in c.figures):
@@ -248,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     for path, text in {**wanted, ROOT / "benchmarks" / "report.html": page(all_results)}.items():
         with replace_atomically(path) as partial:
             partial.write_text(text, encoding="utf-8")
-    total = {key: sum(r.tally()[key] for r in all_results) for key in ("passed", "failed", "not run here")}
+    total = {key: sum(r.tally()[key] for r in all_results) for key in VERDICTS}
     print("benchmarks/report.html: " + ", ".join(f"{n} {key}" for key, n in total.items()))
     return 0
 

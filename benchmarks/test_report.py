@@ -43,6 +43,7 @@ def tree(tmp_path: Path) -> Path:
         claim("two", environment=fresh, passed=False),
         claim("three", environment=fresh),
         claim("four", passed=None, ours=None, peers={}, seeds=[], spread={}),
+        claim("five", environment=fresh, passed=None, bar="none"),
     ]
     write_claims(tmp_path / "benchmarks/results/toy.json", claims)
     return tmp_path
@@ -55,12 +56,12 @@ def test_committed_readmes_agree_with_committed_results() -> None:
 def test_package_table_has_every_claim_and_the_workspace_table_headlines_and_failures(tree: Path) -> None:
     texts = report.readmes(report.collect(tree), tree)
     package, workspace = texts[tree / "packages/toy/README.md"], texts[tree / "README.md"]
-    assert all(f"statement of {name}" in package for name in ("one", "two", "three", "four"))
+    assert all(f"statement of {name}" in package for name in ("one", "two", "three", "four", "five"))
     assert "statement of one" in workspace
     assert "**failed**" in workspace
     assert "statement of three" not in workspace
     assert workspace.startswith("above\n") and workspace.endswith("below\n") and "old" not in workspace
-    assert "| 2 | 1 | 1 |" in workspace
+    assert "| 2 | 1 | 1 | 1 |" in workspace
 
 
 def test_filling_twice_changes_nothing(tree: Path) -> None:
@@ -89,7 +90,7 @@ def test_changed_sources_make_a_row_stale(tree: Path) -> None:
     assert table.count("stale: `make bench-toy`") == 1  # the row that is about the command line
     (tree / "packages/toy/src/toy/new.py").write_text("x = 1\n")
     table = report.package_table(report.collect(tree)[0])
-    assert table.count("stale: `make bench-toy`") == 3  # what was not run cannot be stale
+    assert table.count("stale: `make bench-toy`") == 4  # what was not run cannot be stale
 
 
 def test_page_is_self_contained_and_escapes(tree: Path) -> None:

@@ -94,4 +94,9 @@ def test_a_stopped_benchmark_goes_on_where_it_was(tmp_path: Path, capsys) -> Non
     written = read_claims(tmp_path / "tenfold-shared.json")
     assert written[1].passed is False
     assert {"python", "machine", "source", "seconds"} <= set(written[0].environment)
-    assert "two FAILED" in capsys.readouterr().err
+    assert "two failed" in capsys.readouterr().err
+
+
+def test_a_measured_claim_without_a_bar_is_reported() -> None:
+    found = [claim("a", passed=passed, ours=ours).verdict for passed in (True, False, None) for ours in (1.0, None)]
+    assert found == ["passed", "passed", "failed", "failed", "reported", "not run here"]

@@ -31,8 +31,6 @@ from typing import Any
 from tenfold_shared.errors import UserError
 from tenfold_shared.hub import replace_atomically
 
-VERDICTS = {True: "passed", False: "FAILED", None: "not run here"}
-
 
 @dataclass
 class Claim:
@@ -55,7 +53,7 @@ class Claim:
     bar: str
     """The condition for passing, in words and figures."""
     passed: bool | None
-    """None: not run here."""
+    """None: not run here, or measured (`ours` is there) without a bar."""
     seeds: list[int]
     spread: dict[str, float] = field(default_factory=dict)
     """`std` over the seeds, and `low` and `high` of the 95 % interval of the mean (or of the ratio)."""
@@ -74,6 +72,13 @@ class Claim:
         self.passed = None if self.passed is None else bool(self.passed)
         if self.passed is not None and len(self.seeds) < 3:
             raise UserError(f"claim {self.id} has {len(self.seeds)} seeds, expected 3 or more")
+
+    @property
+    def verdict(self) -> str:
+        """passed, failed, reported (measured, but there is no bar) or not run here."""
+        if self.passed is None:
+            return "not run here" if self.ours is None else "reported"
+        return "passed" if self.passed else "failed"
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -192,7 +197,7 @@ def run_benchmark(
         write_claims(kept, measured)
         claims += measured
         left = (time.monotonic() - started) / i * (len(measurements) - i)
-        verdicts = ", ".join(f"{c.id} {VERDICTS[c.passed]}" for c in measured)
+        verdicts = ", ".join(f"{c.id} {c.verdict}" for c in measured)
         print(f"    {seconds:.0f} s, about {left:.0f} s left: {verdicts}", file=sys.stderr, flush=True)  # noqa: T201
     write_claims(results / f"{package}.json", claims)
     return claims
