@@ -340,8 +340,8 @@ def build_testbed(output: Output = Path("weights"), json: Json = False) -> None:
     emit({path.stem: str(path) for path in written}, json)
 
 
-@app.command(epilog="Example: scott demo --output out/scott --seed 0")
-def demo(output: Output = Path("out/scott"), seed: Seed = 0, json: Json = False) -> None:
+@app.command(epilog="Example: scott demo --output out --seed 0")
+def demo(output: Output = Path("out"), seed: Seed = 0, json: Json = False) -> None:
     """Distil the mixture in five ways and draw what 1, 2, 4 and 8 steps give; about a minute."""
     from scott.demo import run
 
