@@ -3,7 +3,8 @@
 python benchmarks/scott.py            everything; distilled students are kept, so that a stopped run goes on
 python benchmarks/scott.py --only mixture
 python benchmarks/scott.py --part 0/2 & python benchmarks/scott.py --part 1/2    the students alone, on two cores; then as above
-python benchmarks/scott.py --tuning   what was tried, on seeds that are not reported, into results/scott/tuning.json
+python benchmarks/scott.py --spread     how the spread of the mixture's weights was chosen, into results/scott/spread.json
+python benchmarks/scott.py --attempts   other settings, into results/scott/attempts.json; both on seeds that are not reported
 """
 
 # ruff: noqa: E402
@@ -461,9 +462,9 @@ ATTEMPTS: dict[str, dict[str, float]] = {
 """Settings of `testbed.distil` other than the reported ones."""
 
 
-def tuning(seeds: Sequence[int] = (10, 11, 12)) -> None:
-    """How the spread of the mixture's weights was chosen, and other ways to the bars that are missed."""
-    found: dict[str, Any] = {"seeds": list(seeds), "spread of the weights": [], "distillation": []}
+def spreads(seeds: Sequence[int] = (10, 11, 12)) -> None:
+    """How far the exact teacher is from the reference for every spread of the mixture's weights."""
+    rows = []
     for spread_ in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
         world = GaussianMixture(testbed.mixture_world().schedule, spread=spread_)
         row: dict[str, float] = {"spread": spread_, "error": 0.0}
@@ -478,7 +479,13 @@ def tuning(seeds: Sequence[int] = (10, 11, 12)) -> None:
             ):
                 row[f"{name}, {steps} steps"] = ours
                 row["error"] += (ours / theirs - 1) ** 2
-        found["spread of the weights"].append(row)
+        rows.append(row)
+    _write("spread", {"seeds": list(seeds), "spread of the weights": rows})
+
+
+def attempts(seeds: Sequence[int] = (10, 11, 12)) -> None:
+    """Other ways to the bars that are missed."""
+    found = []
     for attempt, settings in ATTEMPTS.items():
         for name in ("SCott", "LCM"):
             if name == "LCM" and not {"lr"} & set(settings) and settings:
@@ -489,8 +496,12 @@ def tuning(seeds: Sequence[int] = (10, 11, 12)) -> None:
                 points = testbed.samples(made, seeds, steps=steps, n=GROUPS * testbed.GROUP)
                 rows = [testbed.measure(x, seed=s) for x, s in zip(points, seeds, strict=True)]
                 middle = {metric: median(rows, metric) for metric in TOY_METRICS}
-                found["distillation"].append({"method": name, "settings": attempt, "steps": steps, **middle})
-    with replace_atomically(RESULTS / "scott" / "tuning.json") as partial:
+                found.append({"method": name, "settings": attempt, "steps": steps, **middle})
+    _write("attempts", {"seeds": list(seeds), "distillation": found})
+
+
+def _write(name: str, found: dict[str, Any]) -> None:
+    with replace_atomically(RESULTS / "scott" / f"{name}.json") as partial:
         partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -517,8 +528,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--part"]:
         prepare(sys.argv[2], [0, 1, 2])
         sys.exit()
-    if sys.argv[1:] == ["--tuning"]:
-        tuning()
+    if sys.argv[1:] in (["--spread"], ["--attempts"]):
+        (spreads if sys.argv[1] == "--spread" else attempts)()
         sys.exit()
     run_benchmark(
         "scott",
