@@ -207,6 +207,8 @@ def test_errors(student, sd_folder, images, tmp_path, clip_folder):
     (tmp_path / "bad.yaml").write_text("substeps: 30\n")
     assert "visit the same time twice" in refused("train", "--config", tmp_path / "bad.yaml")
     (tmp_path / "bare.yaml").write_text(f"model: {sd_folder}\n")
+    (tmp_path / "eta.yaml").write_text("eta: 2\n")
+    assert refused("train", "--config", tmp_path / "eta.yaml").startswith("error: eta is 2.0, expected 0")
     assert "no data to train on" in refused("train", "--config", tmp_path / "bare.yaml", "--output", tmp_path / "o")
     assert not (tmp_path / "o").exists()
     assert "neither a folder here nor a model" in refused("prepare-latents", images, "--model", "no-such/model")
@@ -223,6 +225,8 @@ def test_errors(student, sd_folder, images, tmp_path, clip_folder):
     assert "format 'onnx' is unknown" in refused("convert", done, "--to", "onnx")
     assert "holds no student LoRA" in refused("convert", tmp_path)
     assert "noise function 'brown'" in refused("solver-check", "--noise", "brown")
+    assert "substeps is 0" in refused("solver-check", "--noise", "ode", "--steps", 0)
+    assert "2000 solver steps, but the schedule has 1000" in refused("solver-check", "--steps", 2000)
     assert "world 'moon'" in refused("bench", "moon")
     assert "solver 'euler'" in refused("bench", "toy", "--solver", "euler")
 

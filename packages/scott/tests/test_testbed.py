@@ -1,8 +1,11 @@
 """The offline world: seeds side by side, shipped weights and the recipe that makes them, the experiments."""
 
+import itertools
+
 import pytest
 import torch
-from scott import SDESolver, digits, testbed
+from scott import SDESolver, coverage, digits, testbed
+from scott.metrics import sliced_wasserstein
 from scott.recipes import RECIPES, Recipe
 
 
@@ -19,6 +22,47 @@ def test_samples_of_a_seed_are_the_same_alone_and_in_company():
     both = testbed.samples(testbed.pretrained(2), [0, 1], steps=2, n=50)
     alone = testbed.samples(testbed.pretrained(1), [1], steps=2, n=50)
     assert torch.allclose(both[1], alone[0], atol=1e-4) and not torch.allclose(both[0], both[1])
+
+
+def test_the_loss_is_the_squared_norm_minus_the_weighted_score():
+    jump, target = torch.tensor([[[3.0, 1.0], [0.0, 0.0]]]), torch.tensor([[[0.0, -3.0], [0.0, 0.0]]])
+    assert testbed.student_loss(jump, target).tolist() == [[25.0, 0.0]]
+    assert testbed.student_loss(jump, target, torch.tensor([[2.0, -1.0]]), adv_weight=0.5).tolist() == [[24.0, 0.5]]
+
+
+def test_the_world_is_as_hard_as_the_reference_for_the_exact_teacher():
+    """How unequal the weights are is read from what one and two DDIM steps of the exact teacher give: no training in it."""
+    mixture, generator = testbed.mixture_world(), torch.Generator().manual_seed(10)
+    ode, n = SDESolver(mixture.schedule, "ode"), 16_000
+    found = []
+    for times in ((999, -1), (999, 499, -1)):
+        label, z = mixture.sample(n, generator=generator)[1], torch.randn(n, 2, generator=generator)
+        for t, s in itertools.pairwise(times):
+            t_b, s_b = torch.full((n,), t), torch.full((n,), s)
+            z = ode.step(z, t_b, s_b, mixture.x0(z, t_b, label))
+        found.append(testbed.measure(z, seed=10))
+    assert [row["sw2"] for row in found] == pytest.approx([0.676, 0.428], rel=0.04)
+    assert [row["far"] for row in found] == pytest.approx([0.997, 0.684], rel=0.03)
+
+
+def test_two_draws_of_the_data_are_at_the_floor():
+    x, _ = testbed.mixture_world().sample(32_000, generator=torch.Generator().manual_seed(11))
+    scores = testbed.measure(x, seed=11)
+    assert scores["sw2"] == pytest.approx(0.036, abs=0.008) and scores["coverage"] == pytest.approx(0.967, abs=0.005)
+    assert scores["density"] == pytest.approx(1, abs=0.02) and scores["far"] < 0.001
+
+
+def test_measures_of_many_points_are_means_over_groups():
+    x, generator = testbed.mixture_world().sample(8000)[0] + 0.1, torch.Generator().manual_seed(3005)
+    by_hand = []
+    for group in x.split(4000):
+        real, _ = testbed.mixture_world().sample(4000, generator=generator)
+        by_hand.append((sliced_wasserstein(real, group), coverage(real[:2000], group[:2000])))
+    scores = testbed.measure(x, seed=3)
+    assert (scores["sw2"], scores["coverage"]) == pytest.approx(
+        tuple(sum(column) / 2 for column in zip(*by_hand, strict=True))
+    )
+    assert testbed.measure(x[:4000], seed=3)["sw2"] == pytest.approx(by_hand[0][0])
 
 
 def test_the_shipped_denoiser_is_close_to_the_posterior_mean_and_its_recipe_runs(tmp_path):

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 from tenfold_shared.cli import Device, Json, Output, Resume, Seed, Table, console, emit, make_app
+from tenfold_shared.device import pick_device
 from tenfold_shared.errors import UserError
 
 app = make_app("scott", "Stochastic consistency distillation: few-step students of diffusion models, and the solvers.")
@@ -12,18 +13,6 @@ app = make_app("scott", "Stochastic consistency distillation: few-step students 
 Model = Annotated[str | None, typer.Option(help="Teacher: hub id or folder of a diffusers pipeline.")]
 More = Annotated[list[str] | None, typer.Argument(hidden=True)]
 """Takes the values after the first of an option that is followed by several, as in `--steps 1 2 4 8`."""
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name != "auto":
-        try:
-            return str(torch.device(name))
-        except RuntimeError as error:
-            raise UserError(f"device '{name}' is unknown", hint="expected auto, cpu, cuda, cuda:1, mps") from error
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return str(found or "cpu")
 
 
 def _numbers(values: list[str], what: str) -> list[int]:
@@ -68,7 +57,7 @@ def prepare_latents(
 
     if not Path(images).exists() and images.startswith((".", "/", "~")):
         raise UserError(f"'{images}' does not exist", hint="pass a folder of images, a tar, or a hub id")
-    pipe = _pipeline(model, _device(device))
+    pipe = _pipeline(model, str(pick_device(device)))
     found = track(read_images(images), description="encoding", console=console)
     dataset = prepare(found, pipe.vae, output, size=size, batch_size=batch_size)
     emit({"latents": len(dataset), "shape": "x".join(map(str, dataset[0][0].shape)), "folder": str(output)}, json)
@@ -155,7 +144,7 @@ def sample(
     takes_omega = (student / "unet").is_dir()
     if guidance is not None and not takes_omega:
         raise UserError("--guidance given to a student that was trained without an ω input", hint="leave it out")
-    pipe = attach(_pipeline(model or config.model, _device(device)), student)
+    pipe = attach(_pipeline(model or config.model, str(pick_device(device))), student)
     low, high = config.guidance if isinstance(config.guidance, tuple) else (config.guidance,) * 2
     # A LoRA student has its guidance trained in: guiding it once more burns the image.
     omega = (guidance if guidance is not None else (low + high) / 2) if takes_omega else 0.0
@@ -212,7 +201,7 @@ def evaluate(
     if needs_real and real is None:
         raise UserError(f"{needs_real[0]} compares with real images", hint="pass --real with a folder of images")
     images, captions = folder_images(fake)
-    extractor = Features(features, device=_device(device))
+    extractor = Features(features, device=str(pick_device(device)))
     if "clip" in wanted and not all(captions):
         raise UserError(
             "the CLIP score needs a caption for every sample", hint="metadata.jsonl with file_name and text"
@@ -340,8 +329,8 @@ def build_testbed(output: Output = Path("weights"), json: Json = False) -> None:
     emit({path.stem: str(path) for path in written}, json)
 
 
-@app.command(epilog="Example: scott demo --output out/scott --seed 0")
-def demo(output: Output = Path("out/scott"), seed: Seed = 0, json: Json = False) -> None:
+@app.command(epilog="Example: scott demo --output out --seed 0")
+def demo(output: Output = Path("out"), seed: Seed = 0, json: Json = False) -> None:
     """Distil the mixture in five ways and draw what 1, 2, 4 and 8 steps give; about a minute."""
     from scott.demo import run
 

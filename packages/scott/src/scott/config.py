@@ -110,5 +110,11 @@ class SCottConfig(BaseModel):
         try:
             return cls(**settings)
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, given {e['input']!r}" for e in error.errors()]
+            # A combination of settings belongs to no key, and its message names what was given.
+            lines = [
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}, given {e['input']!r}"
+                if e["loc"]
+                else e["msg"].removeprefix("Value error, ")
+                for e in error.errors()
+            ]
             raise UserError("; ".join(lines)) from error

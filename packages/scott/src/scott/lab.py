@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from tenfold_shared.errors import UserError
 from torch import Tensor
 
 from scott.metrics import sliced_wasserstein
@@ -69,15 +70,18 @@ def solver_check(
     n: int = 1000,
     seed: int = 0,
 ) -> list[MarginalError]:
-    """The error of every noise function at every number of steps, on the exact mixture. Errors as in `SDESolver`."""
+    """The error of every noise function at every number of steps, on the exact mixture.
+
+    Raises UserError as SDESolver does, and for more steps than the schedule has.
+    """
+    if too_many := [count for count in steps if count > schedule.timesteps]:
+        raise UserError(f"{too_many[0]} solver steps, but the schedule has {schedule.timesteps}")
+    solvers = [SDESolver(schedule, "er-sde", noise=noise, substeps=count) for noise in noises for count in steps]
     mixture = GaussianMixture(schedule)
     floor = data_distance(mixture, n=n, seed=seed)
-    rows = []
-    for noise in noises:
-        for count in steps:
-            solver = SDESolver(schedule, "er-sde", noise=noise, substeps=count)
-            rows.append(MarginalError(noise, count, solver_distance(solver, mixture, n=n, seed=seed), floor))
-    return rows
+    return [
+        MarginalError(s.noise.name, s.substeps, solver_distance(s, mixture, n=n, seed=seed), floor) for s in solvers
+    ]
 
 
 def choose_noise(schedule: NoiseSchedule, *, steps: int, n: int = 1000, seed: int = 0) -> str:

@@ -18,13 +18,15 @@ class GaussianMixture:
     """16 Gaussians of width 0.07 on two rings, in 4 classes, with unequal weights.
 
     schedule: the noise schedule of the teacher. modes: Gaussians, even. classes: mode k is of class k mod classes.
-    seed: of the weights.
+    seed: of the weights. spread: standard deviation of their logarithms; 0 makes all weights equal.
     """
 
     RADII = (1.4, 0.77)
     STD = 0.07
 
-    def __init__(self, schedule: NoiseSchedule, *, modes: int = 16, classes: int = 4, seed: int = 0):
+    def __init__(
+        self, schedule: NoiseSchedule, *, modes: int = 16, classes: int = 4, seed: int = 0, spread: float = 0.6
+    ):
         if modes < 2 or modes % 2 or classes < 1 or classes > modes:
             raise UserError(f"{modes} modes in {classes} classes, expected an even number of modes and no empty class")
         self.schedule, self.classes = schedule, classes
@@ -35,7 +37,7 @@ class GaussianMixture:
         self.means = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).reshape(modes, 2)
         self.label = torch.arange(modes) % classes
         generator = torch.Generator().manual_seed(seed)
-        self.log_weights = torch.randn(modes, generator=generator).log_softmax(0)
+        self.log_weights = (spread * torch.randn(modes, generator=generator)).log_softmax(0)
         self._per_class = torch.where(
             self.label == torch.arange(classes)[:, None], self.log_weights, self.log_weights.new_full((), -torch.inf)
         )
