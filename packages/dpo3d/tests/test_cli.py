@@ -139,7 +139,7 @@ def test_audit_errors(world: dict[str, Path], tmp_path: Path) -> None:
         whole = file.read_bytes()
         (folder / "half" / file.name).write_bytes(whole[:200] if file.suffix == ".safetensors" else whole)
     assert "holds a damaged safetensors file" in audit(world["pairs"], folder / "half")
-    assert "device is 'abacus'" in refused(
+    assert "device 'abacus' cannot be used" in refused(
         "audit",
         "--model",
         world["model"],
