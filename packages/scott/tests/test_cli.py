@@ -193,7 +193,7 @@ def test_build_testbed(tmp_path, monkeypatch):
 
 def test_errors(student, sd_folder, images, tmp_path, clip_folder):
     done = student / "student"
-    assert "unknown" in refused("sample", "--student", done, "--prompt", "a", "--device", "gpu9")
+    assert "'gpu9' cannot be used" in refused("sample", "--student", done, "--prompt", "a", "--device", "gpu9")
     assert "holds no student" in refused("sample", "--student", tmp_path, "--prompt", "a")
     assert "no prompt given" in refused("sample", "--student", done)
     assert "no student given" in refused("sample", "--prompt", "a")

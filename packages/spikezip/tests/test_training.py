@@ -103,7 +103,8 @@ SCRIPT = textwrap.dedent(
 
 def script(tmp_path, *arguments, launcher=()):
     file = tmp_path / "train.py"
-    file.write_text(SCRIPT)
+    if not file.exists():  # written anew, it would be empty for a moment, and a process that starts then does nothing
+        file.write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     return subprocess.Popen([sys.executable, *launcher, str(file), *arguments], env=environment)
 
