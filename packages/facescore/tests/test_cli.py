@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -116,6 +117,11 @@ def test_errors_are_one_line_and_exit_2(world, tmp_path):
     image = world / "images" / "face000.png"
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "bad.jsonl").write_text('{"id": "a"}')
+    (tmp_path / "empty.txt").write_text("")
+    for part, source in (("photos", world / "images"), ("broken", world / "pairs")):
+        shutil.copytree(source, tmp_path / part)
+        cut = max((tmp_path / part).rglob("*.png"))
+        cut.write_bytes(cut.read_bytes()[:100])
     for arguments, text in (
         (("score", tmp_path / "no.png", "--model", world / "reward"), "no.png"),
         (("score", tmp_path / "empty.png", "--model", world / "reward"), "empty.png"),
@@ -126,6 +132,17 @@ def test_errors_are_one_line_and_exit_2(world, tmp_path):
         (("rank", image, "--model", world / "reward", "--aggregate", "sum"), "aggregate"),
         (("build-pairs", tmp_path / "none", "--pipeline", "toy"), "does not exist"),
         (("build-pairs", world / "images", "--pipeline", tmp_path / "nopipe", "-o", tmp_path / "x"), "nopipe"),
+        (("build-pairs", tmp_path / "photos", "--pipeline", "toy", "-o", tmp_path / "x"), "is damaged"),
+        (("build-pairs", world / "images", "--pipeline", "toy", "--min-face", 8, "--mask", "landmarks", "-o",
+          tmp_path / "x"), "has no landmarks"),
+        (("build-pairs", world / "images", "--pipeline", "toy", "--min-face", 99, "-o", tmp_path / "x"), "no pair could"),
+        (("train", tmp_path / "broken", "--model", world / "reward", "-o", tmp_path / "x"), "is damaged"),
+        (("train", world / "pairs", "--model", world / "reward", "--save-every", 0), "save_every is 0"),
+        (("train", world / "pairs", "--model", world / "reward", "--mixed-precision", "x"), "mixed_precision is x"),
+        (("tune", "--pipeline", "toy", "--pairs", tmp_path / "broken", "-o", tmp_path / "x"), "is damaged"),
+        (("tune", "--pipeline", "toy", "--pairs", world / "pairs", "--save-every", 0), "save_every is 0"),
+        (("tune", "--pipeline", "toy", "--method", "filter", "--prompts", tmp_path / "no.txt"), "no.txt"),
+        (("tune", "--pipeline", "toy", "--method", "filter", "--prompts", tmp_path / "empty.txt"), "is empty"),
         (("train", tmp_path / "bad.jsonl", "--model", world / "reward"), "line 1: missing 'win'"),
         (("train", world / "pairs", "--model", world / "reward", "--lr", -1), "lr is -1"),
         (("evaluate",), "expected one of"),

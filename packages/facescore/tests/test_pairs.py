@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from facescore import InpaintPairBuilder, PairDataset
-from facescore.errors import PairFormatError
-from facescore.pairs.builder import face_mask, paste, read_images
+from facescore.errors import InvalidBoxError, PairFormatError
+from facescore.pairs.builder import face_mask, hull_mask, paste, read_images
 from facescore.pairs.dataset import FILE, import_imagereward, import_pickapic, read_rankings, split_by_source
 from facescore.testbed import Templates, new_pipeline, plain_box, to_pil, write_world
 from PIL import Image
@@ -111,6 +111,56 @@ def test_mask_and_paste_leave_the_outside_alone():
     assert (mixed[inside == 0] == np.asarray(image)[inside == 0]).all()
     assert (mixed[inside == 255] == np.asarray(out)[inside == 255]).all() and inside[17, 20] == 255
     assert not inside[:, 33:].any() and not inside[:, :8].any()
+
+
+def test_hull_mask_is_the_grown_hull_of_the_points():
+    points = [(20, 20), (40, 20), (30, 28), (22, 40), (38, 40)]
+    mask = np.asarray(hull_mask((60, 60), points, grow=3, feather=2))
+    assert mask[30, 30] == mask[20, 20] == mask[17, 30] == 255 and 0 < mask[16, 30] < 255 and mask[15, 30] == 0
+    hard = np.asarray(hull_mask((60, 60), points, grow=0, feather=0))
+    assert set(np.unique(hard)) == {0, 255} and hard[20:41].any(1).all() and not hard[:20].any()
+    for bad, text in (
+        ([(1, 1), (2, 2)], "span no area"), ([(1, 1), (2, 2), (3, 3)], "span no area"), ([], "span no area"),
+        ([(90, 90), (95, 90), (90, 95)], "outside the image"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidBoxError, match=text):
+            hull_mask((60, 60), bad, grow=1, feather=1)
+
+
+def test_builder_repaints_the_hull_of_the_landmarks(tmp_path):
+    items = plain_items()
+    for item in items:
+        x1, y1, x2, y2 = item["boxes"][0]
+        item["landmarks"] = [((x1 + 2, y1 + 2), (x2 - 2, y1 + 2), ((x1 + x2) / 2, y2 - 2))]
+    pairs = builder(mask="landmarks").build(items, tmp_path / "hull")
+    whole = builder().build(items, tmp_path / "box")
+    for i in range(len(pairs)):
+        (win, lose), mask = (pairs.images(i), np.asarray(pairs.mask(i)))
+        assert 0 < (mask > 0).sum() < (np.asarray(whole.mask(i)) > 0).sum()
+        assert (np.asarray(win)[mask == 0] == np.asarray(lose)[mask == 0]).all()
+        assert pairs[i].win_box == whole[i].win_box
+    with pytest.raises(UserError, match=r"'f0' has no landmarks.*mtcnn or yunet"):
+        builder(mask="landmarks").build(plain_items(), tmp_path / "none")
+    with pytest.raises(UserError, match=r"no pair could be made .*without a face: 4"):
+        builder(min_face=99).build(plain_items(), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(UserError, match="mask is 'hull', expected box or landmarks"):
+        builder(mask="hull")
+
+
+def test_landmarks_of_a_listing(world):
+    listing = world / "images" / "metadata.jsonl"
+    line = json.loads(listing.read_text().splitlines()[0])
+    listing.write_text(json.dumps({**line, "landmarks": [[[1, 2], [3, 2], [2, 4]]]}))
+    assert read_images(world / "images")[0]["landmarks"] == [((1, 2), (3, 2), (2, 4))]
+    for bad, text in (
+        ([[[1, 2]], [[1, 2]]], "2 landmarks, 1 boxes"),
+        ([[1, 2]], "'landmarks' is"),
+        (7, "'landmarks' is"),
+    ):
+        listing.write_text(json.dumps({**line, "landmarks": bad}))
+        with pytest.raises(PairFormatError, match=f"line 1 .*{text}"):
+            read_images(world / "images")
 
 
 def test_builder_on_the_drawn_world(tmp_path):

@@ -221,7 +221,7 @@ def test_train_writes_weights_that_load(tmp_path):
     (["generate", "square of checker", *EXACT, "--seeds", "7-3"], "range is empty"),
     (["generate", "square of checker", *EXACT, "--seeds", "x"], "seeds are 'x'"),
     (["generate", "square of checker", *EXACT, "--search", "x"], "search is 'x'"),
-    (["generate", "square of checker", *EXACT, "--device", "gpu"], "device 'gpu' is not available"),
+    (["generate", "square of checker", *EXACT, "--device", "gpu"], "device 'gpu' cannot be used"),
     (["generate", "square of checker", *EXACT, "--dtype", "int3"], "dtype is 'int3'"),
     (["generate", "square of checker", "--model", "testbed:exact", "--scorer", "x"], "scorer is 'x'"),
     (["generate", "square of gold", *EXACT], "judge knows nothing of 'gold'"),

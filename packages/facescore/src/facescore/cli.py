@@ -114,12 +114,15 @@ def build_pairs(
     output: Output = Path("pairs"),
     detector: DetectorName = "skimage-lbp",
     strength: Annotated[list[float] | None, typer.Option(help="In (0, 1]; repeat it for graded losers. 1.0.")] = None,
+    mask: Annotated[
+        str, typer.Option(help="What is repainted: box, or landmarks (mtcnn, yunet, or given in metadata.jsonl).")
+    ] = "box",
     min_face: Annotated[int, typer.Option(help="Smallest side of a face in pixels.")] = 64,
     missing: Annotated[str, typer.Option(help="A loser without a face: flag, drop or ignore.")] = "flag",
     grain: Annotated[
         float, typer.Option(help="Strength at which the winner too is repainted, to share the generator's grain.")
     ] = 0.0,
-    steps: Annotated[int, typer.Option(help="Sampling steps of the pipeline.")] = 50,
+    steps: Annotated[int, typer.Option(help="Sampling steps of the pipeline.", min=1)] = 50,
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     resume: Resume = False,
     seed: Seed = 0,
@@ -127,16 +130,20 @@ def build_pairs(
     json: Json = False,
 ) -> None:
     """Make (win, lose) pairs by inpainting the faces of real images."""
+    from facescore.images import open_image
     from facescore.pairs.builder import InpaintPairBuilder, read_images
     from facescore.pairs.dataset import FILE
 
     items = read_images(images)
+    for item in items:
+        open_image(item["image"])  # a damaged file is named now, not after hours of painting
     if not resume and (output / FILE).exists():
         raise UserError(f"'{output}' holds pairs already", hint="pass --resume, or another --output")
     builder = InpaintPairBuilder(
         _pipeline(pipeline, device, inpaint=True),
         detector,
         strength or [1.0],
+        mask=mask,
         min_face=min_face,
         missing=missing,
         grain=grain,
@@ -197,6 +204,8 @@ def train(
         seed=seed,
     )
     data = PairDataset.read(pairs)
+    for row in range(len(data)):
+        data.crops(row)  # a damaged file is named before the training, not in the middle
     report = RewardTrainer(load_reward(model), data, config, output=output).train(resume=resume)
     emit(
         {
@@ -313,7 +322,7 @@ def tune(
         seed=seed,
     )
     data = PairDataset.read(pairs) if pairs is not None else None
-    asked = prompts.read_text(encoding="utf-8").split("\n") if prompts is not None else None
+    asked = _prompts(prompts) if prompts is not None else None
     plain = None
     if general is not None:
         from facescore.images import open_image
@@ -332,7 +341,7 @@ def tune(
         method=method,
         config=config,
         scorer=scorer,
-        prompts=[p for p in asked if p.strip()] if asked is not None else None,
+        prompts=asked,
         general=plain,
         output=output,
     )
@@ -384,8 +393,18 @@ def demo(output: Output = Path("out"), seed: Seed = 0, json: Json = False) -> No
     emit(run(output, seed), json)
 
 
+def _prompts(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file '{path}' is not a text file here", hint="give one prompt a line") from error
+    if not lines:
+        raise UserError(f"prompt file '{path}' is empty", hint="give one prompt a line")
+    return lines
+
+
 def _pipeline(name: str, device: str, inpaint: bool = False):  # type: ignore[no-untyped-def]
-    from facescore.reward.scorer import pick_device
+    from tenfold_shared.device import pick_device
 
     if name == "toy":
         from facescore.testbed import base_pipeline

@@ -61,7 +61,7 @@ def open_image(image: Any) -> Image.Image:
 
 def _from_file(path: Path) -> Image.Image:
     if not path.is_file():
-        raise ImageError(f"image file '{path}' does not exist")
+        raise ImageError(f"image file '{path}' does not exist", hint="check the path")
     try:
         with Image.open(path) as opened:
             if getattr(opened, "n_frames", 1) > 1:

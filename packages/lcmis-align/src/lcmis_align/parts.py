@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from tenfold_shared.device import pick_device
 from tenfold_shared.errors import UserError
 
 from lcmis_align.levels import Judge, ScoreJudge
@@ -17,7 +18,7 @@ def pipeline(name: str, device: str = "auto", dtype: str = "auto") -> Any:
     """
     import torch
 
-    place = device_of(device)
+    place = pick_device(device)
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in ("auto", *kinds):
         raise UserError(f"dtype is {dtype!r}, expected auto, {', '.join(kinds)}")
@@ -25,23 +26,10 @@ def pipeline(name: str, device: str = "auto", dtype: str = "auto") -> Any:
         return world(name).load().to(place)
     from tenfold_shared.hub import load_pipeline
 
-    wanted = kinds.get(dtype, torch.float32 if place == "cpu" else torch.float16)
+    wanted = kinds.get(dtype, torch.float32 if place.type == "cpu" else torch.float16)
     pipe = load_pipeline(name, torch_dtype=wanted).to(place)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def device_of(name: str) -> str:
-    """The torch device of a name; `auto` is the accelerator where there is one."""
-    import torch
-
-    if name == "auto":
-        return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not available here", hint="pass auto or cpu") from error
-    return name
 
 
 def world(name: str) -> Any:
@@ -64,7 +52,7 @@ def scorer(name: str, device: str = "auto") -> Any:
     kinds: dict[str, Any] = {"clip": CLIPScorer, "vqa": VQAScorer}
     if kind not in kinds or not model:
         raise UserError(f"scorer is {name!r}, expected clip:MODEL, vqa:MODEL or testbed:WORLD")
-    return kinds[kind].from_pretrained(model, device=device_of(device))
+    return kinds[kind].from_pretrained(model, device=str(pick_device(device)))
 
 
 def judge(name: str, threshold: float, device: str = "auto") -> Judge:

@@ -4,7 +4,7 @@ For each face that is large and sure enough
 
     m = feather(enlarge(box, 1.1)),   out = inpaint(caption, image, m, strength),   lose = (1 - m) image + m out,
 
-so that only the face differs. A repainted face that is (nearly) the original is left out. Some losers are in truth fine:
+so that only the face differs; `mask="landmarks"` takes the hull of the facial points instead of the box. A repainted face that is (nearly) the original is left out. Some losers are in truth fine:
 the labels are noisy by construction, and `label_smoothing` in training is for that.
 
 Winner and loser also differ in grain: a photograph's against the generator's (its VAE's, its blur), which a reward learns
@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from facescore.errors import InvalidBoxError, PairFormatError
 from facescore.images import Box, crop_window, open_image
 from facescore.pairs.dataset import FILE, PairDataset, PairRecord, line_of, parse_record, write_records
 
+MASKS = ("box", "landmarks")
 SAME = 2 / 255
 """A mean difference inside the mask below this counts as the same face."""
 
@@ -60,7 +62,8 @@ class InpaintPairBuilder:
 
     pipe: any pipeline called as diffusers' inpainting ones are (`prompt, image, mask_image, strength, generator`); the
     one that is to be improved, where the pairs also feed fine-tuning. strength: one or several in (0, 1]; several give
-    graded losers. min_face: smallest side of a face in pixels. enlarge: the mask's size against the box. feather: radius
+    graded losers. mask: "box" repaints an ellipse in the face's box, "landmarks" the hull of its facial points, which the
+    detector (mtcnn, yunet) or the dataset has to give. min_face: smallest side of a face in pixels. enlarge: the mask's size against the box. feather: radius
     of the mask's soft edge, as a share of the face's smaller side. longest: larger images are inpainted with their longer
     side scaled to so many pixels, and the face is scaled back. missing: what to do with a loser in which no face is
     found again, "flag", "drop" or "ignore" (do not look). grain: strength of the winner's own repainting, below the losers'; 0
@@ -73,6 +76,7 @@ class InpaintPairBuilder:
         detector: str | Detector = "skimage-lbp",
         strength: float | Sequence[float] = 1.0,
         *,
+        mask: str = "box",
         min_face: int = 64,
         confidence: float = 0.9,
         enlarge: float = 1.1,
@@ -88,13 +92,15 @@ class InpaintPairBuilder:
         self.strengths = [float(s) for s in (strength if isinstance(strength, Sequence) else [strength])]
         if not self.strengths or not all(0 < s <= 1 for s in self.strengths):
             raise UserError(f"strength is {strength}, expected numbers in (0, 1]")
+        if mask not in MASKS:
+            raise UserError(f"mask is {mask!r}, expected {' or '.join(MASKS)}")
         if missing not in ("flag", "drop", "ignore"):
             raise UserError(f"missing is {missing!r}, expected flag, drop or ignore")
         if not 0 <= grain < min(self.strengths):
             raise UserError(
                 f"grain is {grain}, expected 0 or more and below the losers' strength {min(self.strengths)}"
             )
-        self.grain = grain
+        self.mask, self.grain = mask, grain
         self.pipe, self.detector = pipe, make_detector(detector)
         self.min_face, self.confidence, self.enlarge, self.feather = min_face, confidence, enlarge, feather
         self.longest = longest
@@ -103,7 +109,8 @@ class InpaintPairBuilder:
         self.counts = {"pairs": 0, "same": 0, "no face in the loser": 0, "without a face": 0}
 
     def pairs(self, dataset: Iterable[Mapping[str, Any]], *, skip: set[str] | None = None) -> Iterator[InpaintedPair]:
-        """Pairs one by one. dataset: items with `image`, and `id`, `prompt` and `boxes` where known."""
+        """Pairs one by one. dataset: items with `image`, and `id`, `prompt`, `boxes` and (k, 2)
+        `landmarks` of each box where known. Raises UserError for a face without the landmarks that the mask needs."""
         jobs: list[_Job] = []
         for number, item in enumerate(dataset):
             for job in self._jobs(item, number):
@@ -128,9 +135,14 @@ class InpaintPairBuilder:
         done = _mend(folder / FILE) if resume else []
         if not resume and (folder / FILE).exists():
             raise UserError(f"'{folder}' holds pairs already", hint="pass resume, or another folder")
+        made = self.pairs(items, skip={r.id for r in done})
+        first = next(made, None)  # what is wrong with the settings shows here, before anything is written
+        if first is None and not done:
+            tally = ", ".join(f"{name}: {count}" for name, count in self.counts.items())
+            raise UserError(f"no pair could be made ({tally})", hint="use a smaller min_face or another detector")
         (folder / "images").mkdir(parents=True, exist_ok=True)
         with open(folder / FILE, "a", encoding="utf-8") as stream:
-            for pair in tqdm(self.pairs(items, skip={r.id for r in done}), desc="pairs", disable=None):
+            for pair in tqdm(chain([first] if first else [], made), desc="pairs", disable=None):
                 for name, image in ((pair.record.win, pair.win), (pair.record.lose, pair.lose)):
                     image.save(folder / name)
                 pair.mask.save(folder / str(pair.record.mask))
@@ -146,7 +158,8 @@ class InpaintPairBuilder:
         image = open_image(item["image"])
         source = str(item.get("id", f"{number:06d}"))
         if item.get("boxes") is not None:
-            found = [Detection(to_box(box)) for box in item["boxes"]]
+            marks = item.get("landmarks") or [None] * len(item["boxes"])
+            found = [Detection(to_box(box), landmarks=m) for box, m in zip(item["boxes"], marks, strict=True)]
             for detection in found:
                 crop_window(detection.box, image.size)  # raises for an empty or outlying box
         else:
@@ -155,6 +168,11 @@ class InpaintPairBuilder:
         if not large:
             self.counts["without a face"] += 1
         for face, detection in enumerate(large):
+            if self.mask == "landmarks" and not detection.landmarks:
+                raise UserError(
+                    f"the face at {detection.box} of '{source}' has no landmarks, which the mask is asked to be made of",
+                    hint="use detector mtcnn or yunet:FILE, give 'landmarks' in metadata.jsonl, or use the mask 'box'",
+                )
             for strength in self.strengths:
                 id = f"{source}-{face}-{round(strength * 100):03d}"
                 yield _Job(id, source, str(item.get("prompt", "")), image, detection, strength, _seed(self.seed, id))
@@ -169,7 +187,7 @@ class InpaintPairBuilder:
         for job in jobs:
             groups.setdefault((job.strength, job.image.size), []).append(job)
         for (strength, size), group in groups.items():
-            masks = [face_mask(size, j.detection.box, enlarge=self.enlarge, feather=self.feather) for j in group]
+            masks = [self._mask(size, j.detection) for j in group]
             outs = self._repaint(group, masks, strength, "")
             wins = [j.image for j in group]
             if self.grain:
@@ -179,6 +197,12 @@ class InpaintPairBuilder:
                 pair = self._finish(job, mask, out, win)
                 if pair is not None:
                     yield pair
+
+    def _mask(self, size: tuple[int, int], face: Detection) -> Image.Image:
+        if self.mask == "box":
+            return face_mask(size, face.box, enlarge=self.enlarge, feather=self.feather)
+        side = min(face.box[2] - face.box[0], face.box[3] - face.box[1])
+        return hull_mask(size, face.landmarks or (), grow=(self.enlarge - 1) * side, feather=self.feather * side)
 
     def _repaint(self, group: list[_Job], masks: list[Image.Image], strength: float, which: str) -> list[Image.Image]:
         canvases = [_canvas(j.image, self.longest) for j in group]
@@ -233,6 +257,31 @@ def face_mask(size: tuple[int, int], box: Box, *, enlarge: float = 1.1, feather:
     return clean
 
 
+def hull_mask(
+    size: tuple[int, int], points: Sequence[tuple[float, float]], *, grow: float, feather: float
+) -> Image.Image:
+    """A mask (L) of the convex hull of facial points: 255 up to `grow` pixels from it, exactly 0 from `feather` further on.
+
+    Eyes and mouth corners are points of the hull itself, so it has to grow to hold them. Raises InvalidBoxError when
+    there are fewer than three points, all on one line, or the hull holds nothing of the image.
+    """
+    from scipy.ndimage import distance_transform_edt
+    from scipy.spatial import ConvexHull, QhullError
+
+    try:
+        corners = np.asarray(points, dtype=float)
+        corners = corners[ConvexHull(corners).vertices]
+    except (QhullError, ValueError, IndexError) as error:
+        raise InvalidBoxError(f"landmarks {list(points)} span no area", hint="give three points or more") from error
+    hull = Image.new("L", size, 0)
+    ImageDraw.Draw(hull).polygon([(float(x), float(y)) for x, y in corners], fill=255)
+    if hull.getbbox() is None:
+        raise InvalidBoxError(f"landmarks {list(points)} lie outside the image of {size[0]} x {size[1]}")
+    distance = distance_transform_edt(np.asarray(hull) == 0)
+    share = 1 - (distance - grow) / feather if feather > 0 else distance <= grow
+    return Image.fromarray((np.clip(share, 0, 1) * 255).astype(np.uint8))
+
+
 def paste(image: Image.Image, out: Image.Image, mask: Image.Image) -> Image.Image:
     """`out` where the mask is 255, `image` where it is 0 (byte for byte), and a mixture between."""
     m = np.asarray(mask, dtype=np.float64)[..., None] / 255
@@ -245,8 +294,8 @@ def _laid(job: _Job, out: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def read_images(folder: str | Path) -> list[dict[str, Any]]:
-    """Items of a folder of images: `metadata.jsonl` with lines {"file_name", "prompt"} where there is one, else every
-    image file with an empty prompt. Raises UserError when there is nothing, PairFormatError for a broken line."""
+    """Items of a folder of images: `metadata.jsonl` with lines {"file_name", "prompt", "boxes", "landmarks"} where
+    there is one (the last three as far as they are known; landmarks are a list of [x, y] per box), else every image file with an empty prompt. Raises UserError when there is nothing, PairFormatError for a broken line."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"image folder '{folder}' does not exist")
@@ -265,13 +314,22 @@ def read_images(folder: str | Path) -> list[dict[str, Any]]:
                 raise PairFormatError(f"line {number} of {listing}: '{name}' lies outside the folder")
             if not (folder / name).is_file():
                 raise PairFormatError(f"line {number} of {listing}: '{name}' does not exist")
-            boxes = values.get("boxes")
-            if boxes is not None:
-                try:
+            boxes, marks = values.get("boxes"), values.get("landmarks")
+            try:
+                if boxes is not None:
                     boxes = [to_box(box) for box in boxes]
-                except (TypeError, InvalidBoxError) as error:
-                    raise PairFormatError(f"line {number} of {listing}: 'boxes' is {boxes!r} ({error})") from error
-            items.append({"id": _id(name), "image": folder / name, "prompt": prompt, "boxes": boxes})
+                if marks is not None:
+                    marks = [tuple((float(x), float(y)) for x, y in points) for points in marks]
+            except (TypeError, ValueError, InvalidBoxError) as error:
+                raise PairFormatError(
+                    f"line {number} of {listing}: 'boxes' is {boxes!r} and 'landmarks' is {marks!r} ({error})",
+                    hint="boxes are [[x1, y1, x2, y2], ...] and landmarks [[[x, y], ...], ...]",
+                ) from error
+            if marks is not None and len(marks) != len(boxes or []):
+                raise PairFormatError(f"line {number} of {listing}: {len(marks)} landmarks, {len(boxes or [])} boxes")
+            items.append(
+                {"id": _id(name), "image": folder / name, "prompt": prompt, "boxes": boxes, "landmarks": marks}
+            )
     else:
         kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
         files = sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds)

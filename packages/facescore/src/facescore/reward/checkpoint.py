@@ -146,9 +146,13 @@ def _fill(model: RewardModel, ours: dict[str, Tensor], name: Any, unexpected: li
             for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
             if keys
         ]
-        raise CheckpointError(f"the checkpoint's keys do not fit: {'; '.join(parts)}")
+        raise CheckpointError(
+            f"the checkpoint's keys do not fit: {'; '.join(parts)}", hint="pass a FaceScore or ImageReward checkpoint"
+        )
     if bad := [name(key) for key, tensor in ours.items() if not torch.isfinite(tensor).all()]:
-        raise CheckpointError(f"the checkpoint holds NaN or infinity in {len(bad)} tensors: {_list(bad)}")
+        raise CheckpointError(
+            f"the checkpoint holds NaN or infinity in {len(bad)} tensors: {_list(bad)}", hint="take an earlier one"
+        )
     model.load_state_dict(ours, strict=True, assign=True)
     # Buffers that no checkpoint holds are still on the meta device.
     embeddings = model.text.embeddings
@@ -185,7 +189,10 @@ def load_reward(name: str | Path) -> RewardModel:
         for candidate in ("model.safetensors", *OFFICIAL_FILES):
             if (path / candidate).is_file():
                 return _load_file(path / candidate)
-        raise CheckpointError(f"folder '{path}' holds neither model.safetensors nor {' nor '.join(OFFICIAL_FILES)}")
+        raise CheckpointError(
+            f"folder '{path}' holds neither model.safetensors nor {' nor '.join(OFFICIAL_FILES)}",
+            hint="pass a folder made by facescore train or convert, or the file itself",
+        )
     if path.is_absolute() or path.suffix or str(name).count("/") != 1:
         raise UserError(f"reward checkpoint '{name}' does not exist", hint="pass a file, a folder or a hub id")
     return _load_file(_download(str(name)))
@@ -257,10 +264,12 @@ def _load_ours(path: Path) -> RewardModel:
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"'{path}' is not a safetensors file or is damaged ({error})") from error
+        raise CheckpointError(
+            f"'{path}' is not a safetensors file or is damaged ({error})", hint="save or download it again"
+        ) from error
     config_file = path.parent / "config.json"
     if not config_file.is_file():
-        raise CheckpointError(f"there is no config.json beside '{path}'")
+        raise CheckpointError(f"there is no config.json beside '{path}'", hint="copy it from where the weights came")
     with torch.device("meta"):
         model = RewardModel(RewardModelConfig.from_dict(_read_json(config_file)))
     unused = {key.removeprefix("unused."): t for key, t in state.items() if key.startswith("unused.")}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tenfold_shared.device import pick_device
 from tenfold_shared.errors import UserError
 from torch import Tensor
 
@@ -267,19 +268,6 @@ def source_of(item: Any) -> str:
     if isinstance(item, str | Path):
         return str(item)
     return str(getattr(item, "filename", "") or type(item).__name__)
-
-
-def pick_device(device: str) -> torch.device:
-    """A torch device; "auto" is the accelerator where there is one. Raises UserError for a name torch does not know."""
-    if device == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device '{device}' is not available", hint="pass cpu or auto") from error
-    return chosen
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,9 @@ class RewardConfig:
             ("l2_reward", self.l2_reward >= 0, "0 or more"),
             ("noise", self.noise >= 0, "0 or more"),
             ("blur", self.blur >= 0, "0 or more"),
+            ("evaluate_every", self.evaluate_every is None or self.evaluate_every >= 1, "1 or more"),
+            ("save_every", self.save_every is None or self.save_every >= 1, "1 or more"),
+            ("mixed_precision", self.mixed_precision in ("no", "bf16", "fp16"), "no, bf16 or fp16"),
             ("validation", 0 <= self.validation < 1, "in [0, 1)"),
         ):
             if not ok:
