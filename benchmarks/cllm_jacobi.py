@@ -34,7 +34,7 @@ SCIENCE = ("testbed", "trajectory", "cleaning", "packing", "losses", "trainer", 
 DECODING = ("jacobi", "cache", "draft", "sampling")
 TEST = 2000
 TIMED = 25
-SHORT: dict[str, Any] = {"steps": 350, "batch": 8, "learning_rate": 4e-3}
+SHORT: dict[str, Any] = {"steps": 250, "batch": 8, "learning_rate": 4e-3}
 SUBSET, ASKED = 1500, 200
 """Of an ablation: its training, prompts, test questions."""
 
@@ -99,7 +99,7 @@ def _score(model: Any, pairs: list[tuple[str, str]], *, speed_on: int = 100, **s
     """Accuracy by execution of the greedy answers, and tokens per forward, block and rolling, one prompt at a time."""
     from cllm_jacobi import testbed
 
-    texts, _ = testbed.answer(model, pairs, block_size=1)
+    texts, _ = testbed.answer(model, pairs, batch=250, block_size=1)
     found: dict[str, Any] = {"right": testbed.accuracy(texts, pairs)}
     found["exact"] = _mean(text == query for text, (_, query) in zip(texts, pairs, strict=True))
     for window in ("block", "rolling"):
@@ -157,7 +157,9 @@ def _measured(seed: int) -> dict[str, Any]:
             "stationary": _mean(map(stationary, blocks)),
         }
     trained_on = {q for q, _ in testbed.questions(testbed.PROMPTS, seed=2000 + seed)}
-    trained_on |= {q for q, _ in testbed.questions(testbed.TARGET_STEPS * 16, seed=1000 + seed, distinct=False)}
+    trained_on |= {
+        q for q, _ in testbed.questions(testbed.TARGET_STEPS * testbed.TARGET_BATCH, seed=1000 + seed, distinct=False)
+    }
     figures["seen"] = sum(q in trained_on for q, _ in pairs)
     return figures
 
@@ -297,57 +299,25 @@ def _world_claims(seeds: list[int], worlds: list[dict[str, Any]]) -> list[Any]:
     ]
 
 
-Pairs = list[float]
-
-
-def _below(ours: Pairs, default: Pairs) -> bool:
+def _below(ours: list[float], default: list[float]) -> bool:
     return all(a < b for a, b in zip(ours, default, strict=True))
 
 
-# Settings, what is compared, what is claimed of it, the bar in words, and the bar.
-VARIANTS: dict[str, tuple[dict[str, Any], str, str, str, Callable[[Pairs, Pairs], bool]]] = {
-    "default": ({}, "rolling", "", "", lambda a, b: True),
-    "w = 1": (
-        {"ar_weight": 1.0}, "accuracy", "a tenth of the weight on the autoregressive loss costs accuracy.",
-        "below the default in every seed", _below,
-    ),
-    "w = 0": (
-        {"ar_weight": 0.0}, "accuracy", "without the autoregressive loss the answers are worthless.",
-        "<= 0.1 in every seed: it must collapse", lambda a, b: max(a) <= 0.1,
-    ),
-    "local loss": (
-        {"loss": "local"}, "rolling", "next states as teachers make less consistent than the fixed point.",
-        "below the default in the mean of the seeds", lambda a, b: _mean(a) < _mean(b),
-    ),
-    "augmented states": (
-        {"augment": True}, "accuracy", "augmented states cost no accuracy.",
-        ">= default - 0.01 in the mean of the seeds", lambda a, b: _mean(a) >= _mean(b) - 0.01,
-    ),
-    "random corruption": (
-        {"states": "random"}, "rolling", "answers corrupted at random, which cost no collecting, make less consistent than states of trajectories.",
-        "below the default in the mean of the seeds", lambda a, b: _mean(a) < _mean(b),
-    ),
-    "LoRA r = 16": (
-        {"lora_r": 16, "learning_rate": 5e-3}, "rolling", "adapters of rank 16 on frozen weights are enough.",
-        ">= 0.9 times the default in the mean of the seeds", lambda a, b: _mean(a) >= 0.9 * _mean(b),
-    ),
-    "500 prompts": (
-        {"prompts": 500}, "accuracy", "a third of the prompts costs accuracy.",
-        "below the default in the mean of the seeds", lambda a, b: _mean(a) < _mean(b),
-    ),
-    "4000 prompts": (
-        {"prompts": 4000}, "accuracy", "more prompts keep at least as much accuracy in as many steps.",
-        ">= default - 0.01 in the mean of the seeds", lambda a, b: _mean(a) >= _mean(b) - 0.01,
-    ),
-    "n = 8": (
-        {"block_size": 8}, "rolling", "trained and decoded with blocks of half the length it confirms fewer tokens a pass.",
-        "below the default in every seed", _below,
-    ),
-    "n = 32": (
-        {"block_size": 32}, "rolling", "trained and decoded with blocks of twice the length it confirms as many tokens a pass or more.",
-        ">= default in the mean of the seeds", lambda a, b: _mean(a) >= _mean(b),
-    ),
-}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "w = 10": {"ar_weight": 10.0},
+    "w = 1": {"ar_weight": 1.0},
+    "w = 0": {"ar_weight": 0.0},
+    "local loss": {"loss": "local"},
+    "augmented states": {"augment": True},
+    "random corruption": {"states": "random"},
+    "LoRA r = 16": {"lora_r": 16, "learning_rate": 5e-3},
+    "500 prompts": {"prompts": 500},
+    "4000 prompts": {"prompts": 4000},
+    "n = 8": {"block_size": 8},
+    "n = 32": {"block_size": 32},
+}
+"""The one thing that each ablation changes."""
 
 
 def _ablation(seed: int, name: str) -> dict[str, float]:
@@ -355,7 +325,7 @@ def _ablation(seed: int, name: str) -> dict[str, float]:
     from cllm_jacobi import load_trajectories, testbed
 
     _train(seed)
-    settings = dict(VARIANTS[name][0])
+    settings = dict(VARIANTS[name])
 
     def measure() -> dict[str, float]:
         target = _stored(seed, "target")
@@ -375,38 +345,57 @@ def _ablation(seed: int, name: str) -> dict[str, float]:
 
 
 def _ablation_claims(seeds: list[int], found: dict[str, list[dict[str, float]]]) -> list[Any]:
-    """What each part of the recipe is worth, in short trainings."""
-    kinds = {"accuracy": "execution accuracy", "rolling": "tokens per forward, rolling window"}
+    """What each part of the recipe is worth, in short trainings. The paper's design has one bar here: w = 0 collapses."""
+    from cllm_jacobi import testbed
+
+    recipe = f"{SHORT['steps']} steps of {SHORT['batch']} answers; the default has the global loss, w = {testbed.AR_WEIGHT:g}, n = 16, all weights and {SUBSET} prompts"
 
     def column(name: str, key: str) -> list[float]:
         return [figures[key] for figures in found[name]]
 
-    rows = []
-    for name, (_, key, statement, bar, holds) in VARIANTS.items():
-        if name == "default":
-            continue
-        other = next(k for k in kinds if k != key)
-        ours, default = column(name, key), column("default", key)
-        rows.append(
-            _claim(
-                id="ablation-" + name.replace(" = ", "").replace(" ", "-").lower(),
-                statement=f"Ablation, {name}: {statement}",
-                metric=f"{kinds[key]} on {ASKED if key == 'accuracy' else 30} unseen questions",
-                ours=_mean(ours),
-                peers={
-                    "default": _mean(default),
-                    kinds[other]: _mean(column(name, other)),
-                    f"default, {kinds[other]}": _mean(column("default", other)),
-                },
-                bar=bar,
-                passed=holds(ours, default),
-                seeds=seeds,
-                spread=_spread(ours),
-                note=f"{SHORT['steps']} steps of {SHORT['batch']} answers; the default has the global loss, w = 10, n = 16 and {SUBSET} prompts. "
-                f"Against it, by seed: {', '.join(f'{a - b:+.3f}' for a, b in zip(ours, default, strict=True))}.",
-            )
+    def changes(key: str) -> str:
+        by_seed = {
+            name: ", ".join(f"{a - b:+.3f}" for a, b in zip(column(name, key), column("default", key), strict=True))
+            for name in found
+            if name != "default"
+        }
+        return "; ".join(f"{name} {values}" for name, values in by_seed.items())
+
+    def reported(key: str, id: str, metric: str) -> Any:
+        return _claim(
+            id=id,
+            statement=f"Ablations (reported, no bar): {metric.split(',')[0]} of the default recipe, and with one thing changed.",
+            metric=f"{metric} (higher is better)",
+            ours=_mean(column("default", key)),
+            peers={name: _mean(column(name, key)) for name in found if name != "default"},
+            bar="reported either way",
+            passed=None,
+            seeds=seeds,
+            spread=_spread(column("default", key)),
+            note=f"{recipe}. Against it, by seed: {changes(key)}.",
         )
-    return rows
+
+    collapsed = column("w = 0", "accuracy")
+    return [
+        _claim(
+            id="ablation-w0",
+            statement="Ablation, w = 0: without the autoregressive loss the answers are worthless.",
+            metric=f"execution accuracy on {ASKED} unseen questions",
+            ours=_mean(collapsed),
+            peers={
+                "default": _mean(column("default", "accuracy")),
+                "tokens per forward, rolling window": _mean(column("w = 0", "rolling")),
+                "default, tokens per forward, rolling window": _mean(column("default", "rolling")),
+            },
+            bar="<= 0.1 in every seed: it must collapse",
+            passed=max(collapsed) <= 0.1,
+            seeds=seeds,
+            spread=_spread(collapsed),
+            note=f"{recipe}.",
+        ),
+        reported("accuracy", "ablations-accuracy", f"execution accuracy, {ASKED} unseen questions"),
+        reported("rolling", "ablations-tokens", "tokens per forward, rolling window, 30 unseen questions"),
+    ]
 
 
 def _free_text(seed: int) -> dict[str, float]:
@@ -739,111 +728,45 @@ def gpu(seeds: list[int]) -> list[Any]:
     ]  # fmt: skip
 
 
-TRIED_TARGETS: dict[str, dict[str, Any]] = {
-    "3 heads of 32": {},
-    "4 heads of 24, initial weights 0.02": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 24,
-        "initializer_range": 0.02,
-    },
-    "4 heads of 32": {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32},
+TRIED: dict[str, dict[str, Any]] = {
+    "as in the table": {},
+    "w = 10": {"ar_weight": 10.0},
+    "w = 10, half the learning rate": {"ar_weight": 10.0, "learning_rate": 1e-3},
+    "w = 10, 4000 prompts": {"ar_weight": 10.0, "prompts": 4000},
+    "4000 prompts": {"prompts": 4000},
 }
-TRIED_FROM, PART = "4 heads of 32", 2000
-TRIED_STUDENTS: dict[str, dict[str, Any]] = {
-    "4000 prompts, 700 steps": {"parts": 2, "steps": 700},
-    "4000 prompts, 1400 steps": {"parts": 2},
-    "4000 prompts, 1400 steps, w = 30, learning rate 0.004": {"parts": 2, "ar_weight": 30.0, "learning_rate": 4e-3},
-    "4000 prompts, 1400 steps, nine parts of it and one of the target": {"average": ("4000 prompts, 1400 steps", 0.9)},
-    "4000 prompts, 1400 steps, three parts of it and one of the target": {
-        "average": ("4000 prompts, 1400 steps", 0.75)
-    },
-}
-"""What `--try` trains: shapes of the target, and recipes of the consistency model of one of them."""
+"""What `--try` changes in the recipe of the consistency model."""
 
 
-def _tried_target(seed: int, name: str, folder: Path) -> Any:
-    """The target of a shape, from its file where it has been trained."""
-    from unittest import mock
-
-    import torch
-    from cllm_jacobi import testbed
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    def shaped(*, seed: int = 0, layers: int = 3) -> Any:
-        settings = testbed_untrained(layers=layers).config.to_dict()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return LlamaForCausalLM(LlamaConfig(**{**settings, **TRIED_TARGETS[name]})).eval()
-
-    testbed_untrained, file = testbed.untrained, folder / f"target {name}.pt"
-    with mock.patch.object(testbed, "untrained", shaped):
-        if file.exists():
-            model = shaped(seed=seed)
-            model.load_state_dict(torch.load(file, weights_only=True))
-            return model
-        model = testbed.train_target(seed=seed, steps=2000, batch=16)
-    torch.save(model.state_dict(), file)
-    return model
-
-
-def _tried_part(seed: int, part: int, folder: Path) -> None:
-    """Trajectories on the target's prompts number PART x part and up."""
-    from cllm_jacobi import save_trajectories, testbed
-
-    file = folder / f"part-{part}.parquet"
-    if not file.exists():
-        asked = [q for q, _ in testbed.questions((part + 1) * PART, seed=2000 + seed)][part * PART :]
-        target = _tried_target(seed, TRIED_FROM, folder)
-        save_trajectories(testbed.collect(target, asked, seed=seed + part, batch=250), file)
-
-
-def _tried(seed: int, name: str, folder: Path) -> dict[str, Any]:
-    """One recipe: accuracy on 1000 unseen questions of the seed and, of a trained model, tokens per forward on 60."""
-    import torch
+def _tried(seed: int, name: str) -> dict[str, Any]:
+    """One recipe against its target: accuracy on the unseen questions of the seed, and tokens per forward on 100."""
     from cllm_jacobi import load_trajectories, testbed
-    from datasets import concatenate_datasets
 
-    kept = folder / f"{name}.json"
-    if kept.exists():
-        return dict(json.loads(kept.read_text()))
-    student = name in TRIED_STUDENTS
-    model = _tried_target(seed, TRIED_FROM if student else name, folder)
-    settings = dict(TRIED_STUDENTS.get(name, {}))
-    if "average" in settings:
-        other, share = settings["average"]
-        trained = torch.load(folder / f"{other}.pt", weights_only=True)
-        model.load_state_dict({k: share * trained[k] + (1 - share) * v for k, v in model.state_dict().items()})
-    elif student:
-        parts = [load_trajectories(folder / f"part-{i}.parquet") for i in range(settings.pop("parts"))]
-        model = testbed.make_consistent(model, concatenate_datasets(parts), seed=seed, steps=settings.pop("steps", 1400), **settings)  # fmt: skip
-        torch.save(model.state_dict(), folder / f"{name}.pt")
-    pairs = testbed.questions(1000, split="test", seed=seed)
-    texts, _ = testbed.answer(model, pairs, block_size=1, batch=250)
-    found: dict[str, Any] = {"recipe": name, "target": TRIED_FROM if student else name, "accuracy": _mean(testbed.accuracy(texts, pairs))}  # fmt: skip
-    found["exact match"] = _mean(text == query for text, (_, query) in zip(texts, pairs, strict=True))
-    for window in ("block", "rolling") if student else ():
-        speed = testbed.answer(model, pairs[:60], batch=1, window=window)[1]
-        found[f"tokens per forward, {window}"] = float(speed.mean())
-    kept.write_text(json.dumps(found))
-    return found
+    settings = dict(TRIED[name])
+
+    def measure() -> dict[str, Any]:
+        data = load_trajectories(_kept(seed) / "trajectories.parquet")
+        data = data.select(range(settings.pop("prompts", len(data))))
+        target = _stored(seed, "target")
+        model = testbed.make_consistent(target, data, seed=seed, **settings) if settings or len(data) < testbed.PROMPTS else _stored(seed, "consistent")  # fmt: skip
+        pairs = testbed.questions(TEST, split="test", seed=seed)
+        scored = _score(model, pairs)
+        before = testbed.accuracy(testbed.answer(target, pairs, block_size=1, batch=250)[0], pairs)
+        return {
+            "accuracy": _mean(scored["right"]),
+            "accuracy minus target": _mean(scored["right"]) - _mean(before),
+            **{f"tokens per forward, {window}": scored[window] for window in ("block", "rolling")},
+        }
+
+    return {"recipe": name, **_figures(seed, "tried", (name, dict(settings), TEST), measure)}
 
 
 def try_recipes(seed: int) -> None:
     """Everything of `--try`."""
     from tenfold_shared.hub import replace_atomically
 
-    folder = HERE / f"results/.partial/cllm-jacobi/tried-{seed}-{_code(SCIENCE)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = _parallel([(_tried, (seed, name, folder)) for name in TRIED_TARGETS])
-    parts = max(settings.get("parts", 0) for settings in TRIED_STUDENTS.values())
-    _parallel([(_tried_part, (seed, part, folder)) for part in range(parts)])
-    trained = [name for name, settings in TRIED_STUDENTS.items() if "average" not in settings]
-    rows += _parallel([(_tried, (seed, name, folder)) for name in trained])
-    rows += _parallel([(_tried, (seed, name, folder)) for name in TRIED_STUDENTS if name not in trained])
-    base = next(row["accuracy"] for row in rows if row["recipe"] == TRIED_FROM)
-    for row in rows[len(TRIED_TARGETS) :]:
-        row["accuracy minus target"] = row["accuracy"] - base
+    _train(seed)
+    rows = _parallel([(_tried, (seed, name)) for name in TRIED])
     with replace_atomically(HERE / "results/cllm-jacobi/tried.json") as partial:
         partial.write_text(json.dumps({"seed": seed, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

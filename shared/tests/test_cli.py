@@ -62,6 +62,14 @@ def test_a_user_error_is_one_line_on_stderr_and_exit_2(app) -> None:
     assert result.stderr == "error: steps is 0, expected 1 or more; pass --steps 4\n"
 
 
+def test_a_file_as_output_folder_is_refused_in_the_houses_line(app, tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_text("")
+    for path, what in ((file, "a file"), (file / "x", f"inside the file '{file}'")):
+        result = run(app, "show", "--output", str(path))
+        line = f"error: --output is '{path}', {what}; give a folder; it is made when missing\n"
+        assert (result.exit_code, result.stdout, result.stderr) == (2, "", line)
+
+
 def test_a_wrong_configuration_names_the_field(app) -> None:
     result = run(app, "config")
     assert result.exit_code == 2

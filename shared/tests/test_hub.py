@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import HfApi
 from tenfold_shared.errors import UserError
 from tenfold_shared.hub import load_model, load_pipeline, load_tokenizer, replace_atomically
 from transformers import AutoModel, BertConfig, BertModel
@@ -48,6 +49,28 @@ def test_what_is_neither_folder_nor_reachable_id_is_one_clear_error(load, tmp_pa
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="is empty"):
         load(tmp_path / "empty")
+
+
+def test_without_a_network_an_unknown_model_is_refused_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The loader, whose client tries every file again and again, is not asked; a model in the cache is its business."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info", lambda *_, **__: HfApi(endpoint="http://127.0.0.1:9").whoami(token="x")
+    )
+    asked = []
+
+    class Loader:
+        @staticmethod
+        def from_pretrained(name: str, **_: object) -> str:
+            asked.append(name)
+            return "loaded"
+
+    with pytest.raises(UserError, match="'nobody/nothing' is no folder here and the hub cannot be reached"):
+        load_model(Loader, "nobody/nothing")
+    assert not asked
+    (tmp_path / "models--nobody--nothing").mkdir()
+    assert load_model(Loader, "nobody/nothing") == "loaded"
 
 
 def test_truncated_weights_are_named(model_folder: Path) -> None:

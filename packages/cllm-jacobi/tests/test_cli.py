@@ -41,6 +41,10 @@ def world(tmp_path_factory) -> dict[str, str]:
             if parameter.ndim > 1:
                 parameter.mul_(4.0)
     testbed.save(model, folder / "model")
+    with torch.no_grad():
+        for parameter in (broken := testbed.untrained(layers=1)).parameters():
+            parameter.fill_(float("nan"))
+    testbed.save(broken, folder / "nan")
     pairs = testbed.questions(6)
     (folder / "prompts.txt").write_text("\n".join(testbed.prompt(q) for q, _ in pairs))
     lines = [json.dumps({"prompt": testbed.prompt(q), "answer": a}) for q, a in pairs]
@@ -48,6 +52,7 @@ def world(tmp_path_factory) -> dict[str, str]:
     return {
         "folder": str(folder),
         "model": str(folder / "model"),
+        "nan": str(folder / "nan"),
         "txt": str(folder / "prompts.txt"),
         "jsonl": str(folder / "prompts.jsonl"),
     }
@@ -128,6 +133,19 @@ def test_generate_and_compare(world):
     sampled = json.loads(run(*words, "--sample", "--temperature", "0.7", "--seed", "3").stdout)
     again = json.loads(run(*words, "--sample", "--temperature", "0.7", "--seed", "3", "-n", "5").stdout)
     assert sampled[0]["text"] == again[0]["text"]
+
+
+def test_generate_from_a_file(world):
+    words = ["generate", "-m", world["model"], "--template", "testbed", "--max-new-tokens", "6", *CPU, "--json"]
+    rows = json.loads(run(*words, "--prompts", world["txt"], "--limit", "2", "--compare").stdout)
+    assert [(row["prompt"], row["decoding"]) for row in rows] == [
+        (number, name) for number in (0, 1) for name in ("autoregressive", "Jacobi")
+    ]
+    assert rows[0]["text"] == rows[1]["text"] and rows[0]["tokens per iteration"] == 1
+    (once,) = json.loads(run(*words[:5], "show", "--max-new-tokens", "1", *CPU, "--json").stdout)
+    assert once["passes"] == 1 and once["tokens per iteration"] is None
+    for wrong in ([], ["show", "--prompts", world["txt"]]):
+        assert "expected a prompt or --prompts FILE" in error("generate", *wrong)
 
 
 def test_collect_clean_convert_train(world, collected, tmp_path):
@@ -340,18 +358,31 @@ def test_a_killed_collection_resumes_to_the_same_file(world, tmp_path, processes
         ),
         (["convert", "DATA", "OUT.parquet"], "one of the two files must end in .json"),
         (["convert", "BAD.json", "OUT.parquet"], "not in the published layout"),
+        (["train", "--data", "BAD.json", "-m", "MODEL", "--output", "OUT"], "not in the published layout"),
+        (["train", "--data", "EMPTY", "-m", "MODEL", "--output", "OUT"], "is no trajectory file"),
+        (["demo", "--output", "EMPTY"], "empty.txt', a file; give a folder"),
+        (["export", "--output", "EMPTY/x"], "empty.txt/x', inside the file"),
+        (["generate", "x", "-m", "NAN", *CPU], "logits for the prompt are NaN"),
+        (["verify", "-m", "NAN", "--prompts", "TXT", *CPU], "logits for the prompt are NaN"),
+        (["collect", "-m", "NAN", "--prompts", "TXT", "--output", "OUT", *CPU], "logits for the prompt are NaN"),
+        (["train", "-m", "NAN", "--data", "DATA", "--output", "OUT", *CPU], "'model.embed_tokens.weight' of"),
     ],
 )
 def test_errors_are_one_line(world, collected, tmp_path, words, cause):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "bad.jsonl").write_text("not json\n")
     (tmp_path / "bad.json").write_text("{")
-    names = {"MODEL": world["model"], "EMPTY": tmp_path / "empty.txt", "BAD": tmp_path / "bad.jsonl", "TXT": world["txt"], "DATA": collected,
+    names = {"MODEL": world["model"], "NAN": world["nan"], "EMPTY": tmp_path / "empty.txt", "EMPTY/x": tmp_path / "empty.txt/x", "BAD": tmp_path / "bad.jsonl", "TXT": world["txt"], "DATA": collected,
              "OUT": tmp_path / "out", "OUT.parquet": tmp_path / "out.parquet", "BAD.json": tmp_path / "bad.json"}  # fmt: skip
     assert cause in error(*[str(names.get(w, w)) for w in words])
-    assert not (tmp_path / "out.parquet").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "bad.jsonl", "empty.txt"]
 
 
-def test_all_rows_removed_prints_the_counts(world, collected, tmp_path):
-    line = error("clean", "--data", collected, "--output", tmp_path, "--max-run", "2", "--max-repetition", "0")
-    assert "cleaning removed all 6 rows" in line and not (tmp_path / "clean.parquet").exists()
+def test_all_rows_removed_prints_the_counts(collected, tmp_path):
+    from cllm_jacobi import load_trajectories, save_trajectories
+
+    data = load_trajectories(collected)
+    cut = data.from_list([{**row, "truncated": True} for row in data], features=data.features)
+    save_trajectories(cut, tmp_path / "cut.parquet")
+    line = error("clean", "--data", tmp_path / "cut.parquet", "--output", tmp_path, "--max-run", "99")
+    assert "cleaning removed all 6 rows (truncated 6)" in line and not (tmp_path / "clean.parquet").exists()

@@ -1,5 +1,6 @@
 """The world is what it says: disjoint splits, a judge that judges, recipes that run."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,21 @@ def test_the_tokenizer_goes_round():
         assert words.decode(words(text)["input_ids"]) == text
 
 
+def test_batches_hold_every_pair_once_with_its_like():
+    stream = testbed.questions(100)
+    found = list(testbed._batches(stream, 8, random.Random(0)))
+    assert [len(batch) for batch in found].count(8) == 12 and sorted(
+        pair for batch in found for pair in batch
+    ) == sorted(stream)
+
+    def spread(batch):
+        lengths = [len(question.split()) + len(query.split()) for question, query in batch]
+        return max(lengths) - min(lengths)
+
+    assert sum(map(spread, found)) < 0.5 * sum(spread(stream[i : i + 8]) for i in range(0, 100, 8))
+    assert found == list(testbed._batches(stream, 8, random.Random(0)))
+
+
 def test_the_recipe_runs(tmp_path: Path):
     """The rebuild command, cut short; what it stores loads."""
     testbed.rebuild(tmp_path, steps=3, prompts=6, consistency_steps=2)
@@ -105,3 +121,15 @@ def test_float16_storage_is_the_model(tmp_path: Path):
     ids = torch.tensor([[5, 6, 7]])
     assert torch.allclose(model(ids).logits, again(ids).logits, atol=2e-2)
     assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_files_of_another_shape_and_broken_ones_are_named(tmp_path: Path):
+    testbed.store(testbed.untrained(layers=1), "target", tmp_path)
+    state = tmp_path / "target.safetensors"
+    state.rename(tmp_path / "consistent.safetensors").write_bytes(b"nothing")
+    from safetensors.torch import save_file
+
+    save_file({"model.norm.weight": torch.ones(7)}, state)
+    for kind in ("target", "consistent"):
+        with pytest.raises(UserError, match=f"{kind}.safetensors' does not hold weights"):
+            testbed.load(kind, tmp_path)

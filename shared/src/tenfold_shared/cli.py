@@ -31,8 +31,19 @@ console = Console(stderr=True)
 
 Seed = Annotated[int, typer.Option(help="Seed of every random choice.", show_default=True)]
 Device = Annotated[str, typer.Option(help="torch device: auto, cpu, cuda, cuda:1, mps ...", show_default=True)]
+
+
+def _folder(path: Path) -> Path:
+    """Refuse a file where a folder is wanted, before any work is done."""
+    there = next(part for part in (path, *path.parents) if part.exists())
+    if not there.is_dir():
+        what = "a file" if there == path else f"inside the file '{there}'"
+        raise UserError(f"--output is '{path}', {what}", hint="give a folder; it is made when missing")
+    return path
+
+
 Output = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder for the results; made when missing.", file_okay=False)
+    Path, typer.Option("--output", "-o", help="Folder for the results; made when missing.", callback=_folder)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")]

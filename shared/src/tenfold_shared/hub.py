@@ -47,6 +47,8 @@ def _load(load: Callable[..., Any], name: str | Path, kwargs: dict[str, Any], re
         raise UserError(f"model folder '{name}' does not exist", "pass a folder made by save_pretrained, or a hub id")
     if folder.is_dir() and not any(folder.iterdir()):
         raise UserError(f"model folder '{name}' is empty", "pass a folder made by save_pretrained")
+    if not folder.is_dir():
+        _refuse_unreachable(name)
     if remote_code:
         kwargs.setdefault("trust_remote_code", False)
     try:
@@ -65,6 +67,23 @@ def _load(load: Callable[..., Any], name: str | Path, kwargs: dict[str, Any], re
             raise
         text = f"'{name}' holds a damaged safetensors file ({error})"
         raise UserError(text, hint="save or download it again") from error
+
+
+def _refuse_unreachable(name: str) -> None:
+    """Say at once that a model is not here and the hub out of reach: its client tries every file again for a minute."""
+    import huggingface_hub as hub
+    from huggingface_hub.file_download import repo_folder_name
+
+    cached = Path(hub.constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    if hub.constants.HF_HUB_OFFLINE or cached.is_dir():
+        return
+    try:
+        hub.HfApi().model_info(name, timeout=10)
+    except Exception as error:
+        # Any other answer is the loader's to explain. The classes are of the HTTP library that the client happens to use.
+        if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ConnectionError"):
+            text = f"'{name}' is no folder here and the hub cannot be reached"
+            raise UserError(text, "check the id and the network, or pass a folder made by save_pretrained") from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from tenfold_shared.errors import UserError
 
 app = make_app("cllm-jacobi", "Exact parallel decoding, and the consistency training that makes it fast.")
 
+
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Hub id, folder, or testbed-target, testbed-consistent.", show_default=True)
 ]
@@ -36,13 +37,17 @@ def demo(output: Output = Path("out"), seed: Seed = 0, json: Json = False) -> No
     from cllm_jacobi.demo import run
 
     emit(run(output, seed, progress=_progress("training")), json)
+    console.print(f"heat map: {output / 'confirmed.png'}; record: {output / 'summary.json'}", markup=False)
 
 
 @app.command(
     epilog="Example: cllm-jacobi generate 'give me the number of items with cost over 53 and mass exactly 26' -m testbed-consistent --compare"
 )
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    prompt: Annotated[str | None, typer.Argument(help="Text to go on from; or give --prompts.")] = None,
+    prompts: Annotated[
+        str, typer.Option(help="File: one prompt a line, or JSON lines with prompt; or `testbed`.")
+    ] = "",
     model: Model = "testbed-consistent",
     tokenizer: Tokenizer = "",
     template: Template = "none",
@@ -57,40 +62,59 @@ def generate(
     top_p: Annotated[float, typer.Option(help="With --sample.")] = 1.0,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer as it comes.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Decode token by token as well.")] = False,
+    limit: Limit = 0,
     device: Device = "auto",
     dtype: DType = "float32",
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Answer one prompt; with --compare autoregressive and Jacobi decoding side by side."""
+    """Answer one prompt, or a file of them; with --compare autoregressive and Jacobi decoding side by side."""
     import time
+    from dataclasses import replace
 
     from transformers import TextStreamer
 
     from cllm_jacobi.jacobi import JacobiConfig, jacobi_generate
 
-    net, words = _model(model, tokenizer, device, dtype)
-    config = JacobiConfig(block_size=block_size, window=window, init=init, sampling=sampling, seed=seed)
-    ids = _encode(words, _in_form(prompt, template, system, model))
+    if (prompt is None) == (not prompts):
+        raise UserError("expected a prompt or --prompts FILE", hint="give one of the two")
+    ours = JacobiConfig(block_size=block_size, window=window, init=init, sampling=sampling, seed=seed)
+    contestants = {"autoregressive": replace(ours, block_size=1)} if compare else {}
+    contestants["Jacobi"] = ours
     wanted: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "return_dict_in_generate": True}
     if sample:
         wanted |= {"temperature": temperature, "top_p": top_p}
-    streamer = TextStreamer(words, skip_prompt=True, skip_special_tokens=True) if stream else None
+    texts = (
+        [p.text for p in _prompts(prompts, template, system, limit, model, split="test", seed=seed)]
+        if prompt is None
+        else [_in_form(prompt, template, system, model)]
+    )
+    net, words = _model(model, tokenizer, device, dtype)
     rows = []
-    for name, n in (("autoregressive", 1), ("Jacobi", block_size)) if compare else (("Jacobi", block_size),):
-        settings = (
-            JacobiConfig(block_size=n, window=window, init=init, sampling=sampling, seed=seed) if n == 1 else config
-        )
-        start = time.perf_counter()
-        out = jacobi_generate(
-            net, ids.to(net.device), decoder=settings.decoder(streamer if name == "Jacobi" else None), **wanted
-        )
-        text = words.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
-        seconds = time.perf_counter() - start
-        rows.append(
-            [name, int(out.new_tokens[0]), int(out.forward_passes[0]), float(out.tokens_per_forward[0]), seconds, text]
-        )
-    emit(Table("", ["decoding", "tokens", "passes", "tokens per forward", "seconds", "text"], rows), json)
+    for number, asked in enumerate(texts):
+        ids = _encode(words, asked).to(net.device)
+        for name, config in contestants.items():
+            shown = stream and name == "Jacobi"
+            streamer = TextStreamer(words, skip_prompt=True, skip_special_tokens=True) if shown else None
+            start = time.perf_counter()
+            out = jacobi_generate(net, ids, decoder=config.decoder(streamer), **wanted)
+            text = words.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+            seconds = time.perf_counter() - start
+            # One pass has no iterations behind the prefill.
+            later = float(out.tokens_per_iteration[0]) if out.forward_passes[0] > 1 else None
+            counts = [int(out.new_tokens[0]), int(out.forward_passes[0]), float(out.tokens_per_forward[0]), later]
+            rows.append([number, name, *counts, seconds, text])
+    columns = [
+        "prompt",
+        "decoding",
+        "tokens",
+        "passes",
+        "tokens per forward",
+        "tokens per iteration",
+        "seconds",
+        "text",
+    ]
+    emit(Table("", columns, rows), json)
 
 
 @app.command(epilog="Example: cllm-jacobi collect -m testbed-target --prompts testbed --limit 50 --output out/data")
@@ -119,7 +143,7 @@ def collect(
     from cllm_jacobi.trajectory import collect_trajectories, save_trajectories
 
     shards = output / "shards"
-    if shards.exists() and not resume:
+    if any(shards.glob("part-*")) and not resume:
         raise UserError(f"{output} holds batches of an earlier run", hint="pass --resume, or another folder")
     read = _prompts(prompts, template, system, limit, model, split="train", seed=seed)
     net, words = _model(model, tokenizer, device, dtype)
@@ -317,8 +341,8 @@ def verify(
     from cllm_jacobi.verify import verify as check
 
     read = _prompts(prompts, template, system, limit, model, split="test", seed=seed)
-    net, words = _model(model, tokenizer, device, dtype)
     config = JacobiConfig(block_size=block_size, window=window, init=init, seed=seed)
+    net, words = _model(model, tokenizer, device, dtype)
     ids = [_encode(words, p.text).to(net.device) for p in read]
     verdicts = check(net, ids, config=config, max_new_tokens=max_new_tokens, tolerance=tolerance)
     rows = [[v.row, v.kind, v.position, v.greedy, v.jacobi, v.gap] for v in verdicts if v.kind != "equal"]

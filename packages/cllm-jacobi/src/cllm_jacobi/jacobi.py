@@ -446,6 +446,9 @@ class _Run:
                 self.extend_mask(width)
             self.record_past()
         logits = self.forward(ids, prefill=width + 1)
+        # The most likely of nothing would be the first id, for ever.
+        if bool(logits[:, 0].isnan().any()):
+            raise UserError("the model's logits for the prompt are NaN", hint="check its weights, or load it in another dtype")  # fmt: skip
         for i in range(len(self.rows)):
             self.judge(i, logits[i])
         if width:
@@ -559,7 +562,7 @@ def jacobi_generate(
     Returns (batch, tokens) ids, or a `JacobiOutput` with return_dict_in_generate=True.
 
     Raises UserError for settings, prompts and models that cannot be decoded so (beams, right padding, no pad token, a cache
-    that cannot roll back, a prompt longer than the positions, an empty prompt without BOS).
+    that cannot roll back, a prompt longer than the positions, an empty prompt without BOS, logits that are NaN).
     """
     fields = {f.name for f in dataclasses.fields(JacobiConfig)}
     own = {name: settings.pop(name) for name in list(settings) if name in fields}

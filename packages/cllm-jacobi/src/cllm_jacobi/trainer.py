@@ -192,9 +192,9 @@ class ConsistencyTrainer(Trainer):
         consistency, entropy = terms.consistency / counts[0], terms.autoregressive / counts[1]
         loss = consistency + self.args.ar_weight * entropy
         if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss.item()} at step {self.state.global_step}", hint="lower the learning rate; the last checkpoint is kept"
-            )  # fmt: skip
+            step = self.state.global_step
+            mend = "lower the learning rate; the last checkpoint is kept" if step else "check the model's weights; nothing has been trained yet"  # fmt: skip
+            raise UserError(f"the loss is {loss.item()} at step {step}", hint=mend)
         if model.training:
             self._parts.append((float(consistency.detach()), float(entropy.detach())))
             # Gradients are averaged over processes; the counts are of all of them.

@@ -56,6 +56,8 @@ def run(
     else:
         trajectories = load_trajectories(data, block_size=config.block_size, vocab_size=len(tokenizer))
     model = load_model(AutoModelForCausalLM, model_name, dtype=dtype)
+    if broken := next((name for name, weights in model.named_parameters() if not weights.isfinite().all()), None):
+        raise UserError(f"the weights '{broken}' of '{model_name}' are not finite", hint="save or download the model again, or pass another --dtype")  # fmt: skip
     peft_config = None
     if lora_r:
         from peft import LoraConfig

@@ -27,6 +27,8 @@ from cllm_jacobi.jacobi import JacobiConfig
 from cllm_jacobi.metrics import right_prefix
 from cllm_jacobi.sampling import mix
 
+MARK = "run.json"
+"""Beside finished batches: which run they belong to."""
 IDS = List(Value("int32"))
 FEATURES = Features(
     {
@@ -82,10 +84,9 @@ def collect_trajectories(
         else [[]] * len(encoded)
     )
     collector = _Collector(model, tokenizer, block_size=block_size, max_new_tokens=max_new_tokens, init=init, seed=seed)
+    digest = _digest({**collector.settings(), "batch_size": batch_size, "prompts": encoded, "labels": truth})
     if shards is not None:
-        _claim_shards(
-            Path(shards), {**collector.settings(), "batch_size": batch_size, "prompts": encoded, "labels": truth}
-        )
+        _refuse_foreign(Path(shards), digest)
     parts = []
     for start in range(0, len(encoded), batch_size):
         rows = range(start, min(start + batch_size, len(encoded)))
@@ -97,6 +98,8 @@ def collect_trajectories(
                 collector([encoded[i] for i in rows], [truth[i] for i in rows], start), features=FEATURES
             )
             if file is not None:
+                with replace_atomically(file.with_name(MARK)) as partial:
+                    partial.write_text(json.dumps({"digest": digest}), encoding="utf-8")
                 with replace_atomically(file) as partial:
                     part.to_parquet(str(partial))
         parts.append(part)
@@ -104,18 +107,20 @@ def collect_trajectories(
     return concatenate_datasets(parts)
 
 
-def _claim_shards(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder whose batches belong to another run."""
+def _digest(settings: dict[str, Any]) -> str:
+    """One word for everything that decides what a run collects."""
     import hashlib
 
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-    mark = folder / "run.json"
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _refuse_foreign(folder: Path, digest: str) -> None:
+    """Refuse a folder whose batches belong to another run."""
+    mark = folder / MARK
     if mark.exists() and json.loads(mark.read_text(encoding="utf-8")).get("digest") != digest:
         raise UserError(
             f"{folder} holds the batches of a run with other prompts or settings", hint="choose another folder"
         )
-    with replace_atomically(mark) as partial:
-        partial.write_text(json.dumps({"digest": digest}), encoding="utf-8")
 
 
 class _Collector:
