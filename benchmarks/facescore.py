@@ -335,7 +335,10 @@ def both(pairs: tuple[TensorPairs, TensorPairs]) -> TensorPairs:
 
 @cache
 def varied_untuned(seed: int) -> RewardModel:
-    pictures = {"face": varied_pairs(2000, 1000).win[:600], "house": torch.from_numpy(world.draw_houses(300, seed=seed))}
+    pictures = {
+        "face": varied_pairs(2000, 1000).win[:600],
+        "house": torch.from_numpy(world.draw_houses(300, seed=seed)),
+    }
     return generic_reward(varied_reward(seed), pictures, seed=seed, steps=25)
 
 
