@@ -280,8 +280,8 @@ def varied_pairs(n: int, seed: int, *, exact: bool = False) -> TensorPairs:
 
 @cache
 def drawn_training() -> TensorPairs:
-    """12000 clean and defective drawings; drawn in parts, since drawing needs a hundred times the memory of the pictures."""
-    parts = [varied_pairs(2000, 1000 + i) for i in range(6)]
+    """16000 clean and defective drawings; drawn in parts, since drawing needs a hundred times the memory of the pictures."""
+    parts = [varied_pairs(2000, 1000 + i) for i in range(8)]
     win, lose = (torch.cat([getattr(p, side) for p in parts]) for side in ("win", "lose"))
     return TensorPairs(win, lose)
 
@@ -291,7 +291,7 @@ def varied_reward(seed: int) -> RewardModel:
     return world.small_reward(48, 2)
 
 
-VARIED_STEPS = 1200
+VARIED_STEPS = 1500
 VARIED_TRAINING = {"lr": 7e-4, "epochs": 99, "max_steps": VARIED_STEPS, "batch_size": 32, "fix_rate": 0.0, "validation": 0.05,
                    "evaluate_every": 100, "patience": 4, "flip": True, "dropout": False, "warmup": 60, "l2_reward": 1e-3}  # fmt: skip
 REPAINTED = 1200
