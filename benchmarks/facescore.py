@@ -292,10 +292,10 @@ def varied_reward(seed: int) -> RewardModel:
 
 
 VARIED_STEPS = 1500
-VARIED_TRAINING = {"lr": 7e-4, "epochs": 99, "max_steps": VARIED_STEPS, "batch_size": 32, "fix_rate": 0.0, "validation": 0.05,
-                   "evaluate_every": 100, "patience": 4, "flip": True, "dropout": False, "warmup": 60, "l2_reward": 1e-3}  # fmt: skip
+VARIED_TRAINING = {"lr": 5e-4, "epochs": 99, "max_steps": VARIED_STEPS, "batch_size": 32, "fix_rate": 0.0, "validation": 0.05,
+                   "evaluate_every": 100, "patience": 8, "flip": True, "dropout": False, "warmup": 150, "l2_reward": 1e-3}  # fmt: skip
 REPAINTED = 1200
-INPAINTED_TRAINING = {"max_steps": 1000, "noise": 0.05}
+INPAINTED_TRAINING = {"lr": 7e-4, "warmup": 60, "max_steps": 1000, "patience": 4, "noise": 0.05}
 STRENGTHS = (0.5, 0.75, 1.0)
 VARIED_NAMES = ("tuned", "untuned", "sharpness", "natural statistics", "eigenfaces (8)", "eigenfaces (64)")
 
