@@ -64,7 +64,8 @@ def check_alone(name: str) -> int:
 
 
 def run(*command: str, cwd: str | None = None) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # Instead of folders that the machine's own pip settings add: a torch for CPUs from there does not fit the index's torchvision.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PIP_FIND_LINKS": str(DIST)}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode:
