@@ -177,6 +177,21 @@ def plain_rewards(seed: int) -> tuple[RewardModel, RewardModel, RewardModel]:
     return found[0], found[1], found[2]
 
 
+def doubt(
+    reward: RewardModel, pairs: TensorPairs, seed: int, *, n: int = 100, members: int = 6, ridge: float = 1e-2
+) -> float:
+    """Mean deviation of an ensemble's members on generated houses, over that on generated faces."""
+    from facescore.images import normalise
+
+    ensemble = HeadEnsemble.fit(reward, pairs.select(range(n)), members=members, ridge=ridge)
+    faces, houses = (
+        generated(world.base_pipeline(), 240, 100 + seed),
+        generated(world.base_pipeline(), 40, 200 + seed, "a house"),
+    )
+    on_faces, on_houses = (ensemble.score_crops(normalise(x))[1].mean() for x in (faces, houses))
+    return float(on_houses / on_faces)
+
+
 def reward_on_generated(seeds: list[int]) -> list[Claim]:
     """Bar (a) and (b) of the reward, on the tiny model's own pictures, judged by the list of all drawings."""
     templates = world.Templates.all()
@@ -203,14 +218,7 @@ def reward_on_generated(seeds: list[int]) -> list[Claim]:
             fresh[name].append(roc_auc(values[good], values[~good]))
         for result in evaluate(drawn_pairs(200, seed), scorers):
             drawn[result.name].append(result.accuracy)
-        ensemble = HeadEnsemble.fit(tuned, pairs.select(range(100)), members=6)
-        from facescore.images import normalise
-
-        deviation = ensemble.score_crops(normalise(pictures))[1].numpy()
-        outside = ensemble.score_crops(normalise(generated(world.base_pipeline(), 40, 200 + seed, "a house")))[
-            1
-        ].numpy()
-        uncertain.append(float(outside.mean() / deviation.mean()))
+        uncertain.append(doubt(tuned, pairs, seed))
     a, b = ({n: mean(v) for n, v in table.items()} for table in (fresh, drawn))
     rival = max(a["sharpness"], a["natural statistics"])
     shown = [n for n in names if n != "tuned"]
@@ -825,6 +833,14 @@ PLAIN_VARIANTS = {
     "half of the pairs": {"pairs": 512},
     "half the rate": {"lr": 5e-4, "warmup": 50},
 }
+ENSEMBLE_VARIANTS = {
+    "as in the table": {},
+    "24 members": {"members": 24},
+    "400 pairs": {"n": 400},
+    "ridge 0.001": {"ridge": 1e-3},
+    "ridge 0.0001": {"ridge": 1e-4},
+    "ridge 0.1": {"ridge": 0.1},
+}
 REAL_VARIANTS = {
     "as in the table": {},
     "pairs as they are": {"augment": False},
@@ -841,6 +857,10 @@ def try_variants(seed: int) -> None:
     for name, changes in PLAIN_VARIANTS.items():
         found = [try_plain(s, **changes) for s in (seed, seed + 1, seed + 2)]
         rows.append({"row": "plain faces", "tried": name, **{k: [f[k] for f in found] for k in found[0]}})
+        print(rows[-1], flush=True)
+    for name, changes in ENSEMBLE_VARIANTS.items():
+        ratios = [doubt(plain_rewards(s)[1], inpainted(s), s, **changes) for s in (seed, seed + 1, seed + 2)]
+        rows.append({"row": "head-ensemble", "tried": name, "houses over faces": ratios})
         print(rows[-1], flush=True)
     for name, changes in REAL_VARIANTS.items():
         rows.append({"row": "real-faces", "tried": name, "accuracy": [try_real(seed, **changes)[0]]})
