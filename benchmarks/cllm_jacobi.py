@@ -748,7 +748,7 @@ def _tried(seed: int, name: str) -> dict[str, Any]:
         data = load_trajectories(_kept(seed) / "trajectories.parquet")
         data = data.select(range(settings.pop("prompts", len(data))))
         target = _stored(seed, "target")
-        model = testbed.make_consistent(target, data, seed=seed, **settings) if settings or len(data) < testbed.PROMPTS else _stored(seed, "consistent")  # fmt: skip
+        model = testbed.make_consistent(target, data, seed=seed, **settings) if TRIED[name] else _stored(seed, "consistent")  # fmt: skip
         pairs = testbed.questions(TEST, split="test", seed=seed)
         scored = _score(model, pairs)
         before = testbed.accuracy(testbed.answer(target, pairs, block_size=1, batch=250)[0], pairs)
